@@ -1,0 +1,181 @@
+"""Greedy: TEAL's search for sparsities inside each block (arXiv 2408.14690, algorithm 1).
+
+Every block gets the target sparsity. Within a block, sparsity is given out in small steps, each
+to the linear where it raises the error of the block's output least.
+
+Departure: TEAL's step saves the same number of weights in every linear, which for a small
+projection (k_proj of a grouped-query model) would be more than the whole of it. Here a step is
+the same share of a linear, and the least rise of squared error for each weight saved wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from wina.criteria import Criterion
+from wina.layers import Phase
+from wina.layers.linear import SparseLayer, make_dense, make_sparse, refresh
+from wina.models import blocks, run_body
+from wina.progress import track
+from wina.selection import Selection, channels_kept
+from wina.statistics import LinearStatistics, cumulative, value_at
+
+STEP = 0.05
+MOST = 0.95  # no linear goes beyond
+
+
+@torch.no_grad()
+def allocate_greedily(
+    model: nn.Module,
+    ids: Tensor,
+    statistics: Sequence[LinearStatistics],
+    criterion: Criterion,
+    selection: Selection,
+    target: float,
+    dense_prefix: int,
+) -> Tensor:
+    """Return each linear's sparsity.
+
+    One dense forward pass goes through the model, and each block is searched while it is at the
+    block, on the block's own dense inputs; no activation outlives its block.
+
+    Args:
+        model: dense, in evaluation mode.
+        ids: calibration tokens, shape (batch, positions).
+        statistics: of the linears to plan; those outside the blocks get the target.
+        criterion: the scores.
+        selection: how channels are chosen during the search.
+        target: sparsity of every block, in [0, 1).
+        dense_prefix: first positions, which stay dense and do not count.
+    """
+    sparsities = torch.full((len(statistics),), target, dtype=torch.float64)
+    members: dict[int, list[int]] = {}
+    for index, linear in enumerate(statistics):
+        if linear.site.block is not None:
+            members.setdefault(linear.site.block, []).append(index)
+    layers = blocks(model)[1]
+    modules = dict(model.named_modules())
+    progress = iter(track(range(len(layers)), "greedy allocation", len(layers)))
+
+    def search(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        number = next(progress)
+        handles[number].remove()
+        indices = members.get(number, [])
+        local = [statistics[index] for index in indices]
+        if not local:
+            return
+        linears = [modules[linear.site.name] for linear in local]
+        with _sparse(linears, local, criterion, selection, dense_prefix, ids) as gates:
+            sparsities[indices] = _search_block(
+                block, args, kwargs, _hidden(output), local, gates, target, dense_prefix
+            )
+
+    handles: list[RemovableHandle] = [
+        layer.register_forward_hook(search, with_kwargs=True) for layer in layers
+    ]
+    try:
+        run_body(model, ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sparsities
+
+
+def _search_block(
+    block: nn.Module,
+    args: Any,
+    kwargs: Any,
+    dense: Tensor,
+    statistics: Sequence[LinearStatistics],
+    gates: Sequence[_Gate],
+    target: float,
+    dense_prefix: int,
+) -> Tensor:
+    def error() -> float:
+        output = _hidden(block(*args, **kwargs))
+        return float((output - dense)[:, dense_prefix:].float().square().mean())
+
+    sparsities = torch.zeros(len(statistics), dtype=torch.float64)
+    weights = torch.tensor([linear.site.weights for linear in statistics], dtype=torch.float64)
+    budget = target * float(weights.sum())
+    current = 0.0
+    while (left := budget - float((sparsities * weights).sum())) > 0.5:
+        best: tuple[float, float, int, float] | None = None
+        for index, gate in enumerate(gates):
+            # The last step is no longer than the budget left.
+            step = min(STEP, MOST - float(sparsities[index]), left / float(weights[index]))
+            if step <= 1e-9:
+                continue
+            gate.set(float(sparsities[index]) + step)
+            after = error()
+            gate.set(float(sparsities[index]))
+            price = (after - current) / (step * float(weights[index]))
+            if best is None or price < best[0]:
+                best = price, after, index, step
+        if best is None:
+            break
+        _, current, index, step = best
+        sparsities[index] += step
+        gates[index].set(float(sparsities[index]))
+    return sparsities
+
+
+class _Gate:
+    """One linear of the block under search, its sparsity adjustable."""
+
+    def __init__(self, layer: SparseLayer, linear: LinearStatistics, criterion: Criterion) -> None:
+        self.layer = layer
+        self.in_features = linear.site.in_features
+        self.scale = criterion.scale(linear.facts).float().to(layer.vector.device)
+        self.cumulated = cumulative(linear.counts(criterion))[None]
+
+    def set(self, sparsity: float) -> None:
+        """Drop this share of the linear's channels."""
+        if self.layer.keep is None:
+            cutoff = value_at(self.cumulated, torch.tensor([sparsity])).to(self.scale.device)
+            zero = torch.zeros_like(self.scale)
+            self.layer.vector.copy_(torch.where(cutoff > 0, cutoff / self.scale, zero))
+        else:
+            self.layer.keep = channels_kept(self.in_features, sparsity)
+        refresh(self.layer)
+
+
+@contextmanager
+def _sparse(
+    linears: Sequence[nn.Module],
+    statistics: Sequence[LinearStatistics],
+    criterion: Criterion,
+    selection: Selection,
+    dense_prefix: int,
+    ids: Tensor,
+) -> Iterator[list[_Gate]]:
+    """Make the linears sparse, dropping nothing yet; dense again at the end."""
+    phase = Phase("sparse", dense_prefix)
+    phase.rows = torch.arange(ids.shape[1], device=ids.device) >= dense_prefix
+    gates = []
+    try:
+        for module, linear in zip(linears, statistics, strict=True):
+            scale = criterion.scale(linear.facts).float().to(ids.device)
+            vector = scale if selection == "topk" else torch.zeros_like(scale)
+            keep = linear.site.in_features if selection == "topk" else None
+            make_sparse(module, vector, selection, keep, phase)
+            assert isinstance(module, SparseLayer)
+            gates.append(_Gate(module, linear, criterion))
+        yield gates
+    finally:
+        for module in linears:
+            if isinstance(module, SparseLayer):
+                make_dense(module)
+
+
+def _hidden(output: Any) -> Tensor:
+    """Return the hidden states among a block's outputs."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert isinstance(hidden, Tensor)
+    return hidden

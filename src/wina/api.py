@@ -1,0 +1,80 @@
+"""The Python interface: calibrate, plan, sparsify, densify."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from wina import layers
+from wina.calibration import Calibration, CalibrationSettings, FileText, TextSource
+from wina.calibration import calibrate as run_calibration
+from wina.integrations import hf
+from wina.models import identify
+from wina.plan import Plan
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def calibrate(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    text: TextSource | str | Path | Sequence[str | Path] | None = None,
+    *,
+    output: str | Path | None = None,
+    name: str | None = None,
+    **settings: int | bool,
+) -> Calibration:
+    """Collect the statistics from which plans for any target sparsity are made.
+
+    Args:
+        model: a dense causal language model.
+        tokenizer: its tokenizer.
+        text: UTF-8 text files or a TextSource; None lets the model write its own text.
+        output: folder to write; interrupted work there is taken up again.
+        name: of the model, for records.
+        settings: fields of CalibrationSettings: tokens, context, dense_prefix, seed, ...
+
+    Raises:
+        UsageError: unsupported architecture or settings.
+        WinaError: too little text, or activations that are not finite.
+    """
+    hf.check_unquantized(model)
+    if isinstance(text, (str, Path)):
+        text = [text]
+    if isinstance(text, Sequence):
+        text = FileText(tuple(Path(path) for path in text))
+    options = CalibrationSettings(**settings)  # type: ignore[arg-type]
+    return run_calibration(model, tokenizer, text, options, output=output, name=name)
+
+
+def sparsify(model: Model, plan: Plan, *, check: bool = True) -> Model:
+    """Make a model sparse, in place, and return it.
+
+    Prompts stay dense and decoding becomes sparse, unless the plan says otherwise.
+
+    Args:
+        model: the model that the plan was made for.
+        plan: what to drop.
+        check: hash the model's weights and refuse a plan made for others (about a second for
+            each gigabyte). Names and shapes are always checked.
+
+    Raises:
+        WinaError: the plan was made for another model; nothing is changed then.
+    """
+    hf.check_unquantized(model)
+    if check:
+        plan.document.model.check(identify(model, model.config.name_or_path))
+    layers.sparsify(model, plan)
+    hf.attach(model, plan.document)
+    return model
+
+
+def densify(model: Model) -> Model:
+    """Restore a sparse model to exactly what it was, in place, and return it."""
+    layers.densify(model)
+    hf.detach(model)
+    return model

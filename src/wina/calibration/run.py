@@ -1,0 +1,296 @@
+"""The way through calibration: tokens, gradients, scores, verdict; each streams and resumes.
+
+The work in progress lives in a folder beside the result: the tokens so far and the sums so far,
+saved every few seconds. A killed calibration started again with the same settings goes on where
+it was, adds the same windows in the same order, and so gives the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from wina.allocation.build import versions
+from wina.calibration.artifact import (
+    TOKENS,
+    Calibration,
+    CalibrationDocument,
+    SiteRecord,
+    window_ids,
+)
+from wina.calibration.collect import (
+    Sums,
+    add_gradients,
+    add_scores,
+    collectable,
+    column_norms,
+    gradient_checkpointed,
+    gradient_rms,
+    to_statistics,
+)
+from wina.calibration.planning import judge
+from wina.calibration.text import SelfText, TextSource
+from wina.criteria import LinearFacts
+from wina.errors import UsageError, WinaError
+from wina.files import read_tensors, write_tensors, write_text
+from wina.models import Site, find_sites, identify, start_ids
+from wina.progress import bar, console, track
+
+PROGRESS, SETTINGS = "progress.safetensors", "settings.json"
+SECONDS = 5.0  # between two saves of the sums
+LEAST_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How much text is read and how.
+
+    Attributes:
+        tokens: of calibration text; an eighth more (at most 8,192) is held out after them.
+        context: positions of a window.
+        dense_prefix: first positions of a window that are not counted.
+        seed: of the model's own text.
+        gradient: collect gradients too (criterion loss and allocation global need them).
+        verdict: measure uniform against global allocation at 50 % on the held-out text.
+    """
+
+    tokens: int = 16_384
+    context: int = 2_048
+    dense_prefix: int = 20
+    seed: int = 0
+    gradient: bool = True
+    verdict: bool = True
+
+    def __post_init__(self) -> None:
+        if self.tokens < LEAST_TOKENS:
+            raise UsageError(f"calibration needs at least {LEAST_TOKENS} tokens")
+        if not 0 <= self.dense_prefix < self.context - 1:
+            raise UsageError("the dense prefix must be shorter than the context")
+
+    @property
+    def held_out(self) -> int:
+        """Number of held-out tokens wanted."""
+        return min(8_192, max(LEAST_TOKENS // 2, self.tokens // 8))
+
+
+def calibrate(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    source: TextSource | None = None,
+    settings: CalibrationSettings | None = None,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    output: str | Path | None = None,
+) -> Calibration:
+    """Collect the statistics from which plans are made.
+
+    Args:
+        model: a dense causal language model in evaluation mode.
+        tokenizer: its tokenizer.
+        source: the text; None lets the model write it.
+        settings: how much and how.
+        name: of the model, for records; None is what it was loaded from.
+        revision: of the model, for records.
+        output: folder to write; what is under way is kept beside it. None keeps nothing.
+
+    Raises:
+        UsageError: unsupported architecture or settings.
+        WinaError: too little text, or a model whose activations are not finite.
+    """
+    settings = settings or CalibrationSettings()
+    source = source or SelfText(seed=settings.seed)
+    sites = _sites(model)
+    start = start_ids(model, tokenizer)
+    identity = identify(model, name or model.config.name_or_path, revision)
+    fingerprint = json.dumps(
+        {
+            "model": identity.model_dump(),
+            "source": source.describe(),
+            "settings": asdict(settings),
+            "start": start,
+        }
+    )
+    with _workplace(output, fingerprint) as folder:
+        tokens, count = _tokens(model, tokenizer, source, start, settings, folder)
+        held_out = min(settings.held_out, max(count - settings.tokens, count // 8))
+        calibration_tokens = min(settings.tokens, count - held_out)
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        context = min(settings.context, limit or settings.context)
+        window = min(context - len(start), held_out)
+        offsets = range(0, calibration_tokens - window + 1, window)
+        state = _State.load(folder, model.device)
+        norms = column_norms(model, sites)
+
+        def windows(first: int, what: str) -> Iterator[tuple[int, Tensor]]:
+            todo = list(enumerate(offsets))[first:]
+            for number, offset in track(todo, what, len(offsets), first):
+                yield number, window_ids(tokens, start, offset, window).to(model.device)
+
+        skip = settings.dense_prefix
+        if settings.gradient and state.stage == "gradients":
+            with gradient_checkpointed(model):
+                for number, ids in windows(state.done, "gradients"):
+                    add_gradients(model, sites, ids, skip, state.sums)
+                    state.step(number + 1)
+        if state.stage == "gradients":
+            state.finish_stage("scores")
+
+        facts = {
+            site.name: LinearFacts(site.kind, norms[site.name], gradient_rms(site, state.sums))
+            for site in sites
+        }
+        scales = {
+            criterion.name: {name: criterion.scale(fact) for name, fact in facts.items()}
+            for criterion in collectable(settings.gradient)
+        }
+        for number, ids in windows(state.done, "scores"):
+            add_scores(model, sites, scales, ids, skip, state.sums)
+            state.step(number + 1)
+
+        document = CalibrationDocument(
+            model=identity,
+            source=source.describe(),
+            tokens=calibration_tokens,
+            held_out=held_out,
+            window=window,
+            start=start,
+            dense_prefix=skip,
+            seed=settings.seed,
+            linears=[SiteRecord(**asdict(site)) for site in sites],
+            versions=versions(),
+        )
+        used = np.array(tokens[: calibration_tokens + held_out])
+        calibration = Calibration(document, to_statistics(sites, norms, state.sums), used)
+        if settings.gradient and settings.verdict:
+            verdict = judge(calibration, model)
+            document = document.model_copy(update={"verdict": verdict})
+            calibration = Calibration(document, calibration.statistics, used)
+        if output is not None:
+            calibration.save(output)
+    return calibration
+
+
+def _sites(model: PreTrainedModel) -> list[Site]:
+    """Return the blocks' linears, and the head where it is a linear."""
+    try:
+        return find_sites(model, include_head=True)
+    except UsageError:
+        return find_sites(model)
+
+
+@contextmanager
+def _workplace(output: str | Path | None, fingerprint: str) -> Iterator[Path]:
+    """Yield the folder of work in progress; it goes when the block succeeds, and stays else."""
+    if output is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary)
+        return
+    target = Path(output)
+    folder = target.with_name(target.name + ".partial")
+    settings = folder / SETTINGS
+    if settings.exists() and settings.read_text(encoding="utf-8") != fingerprint:
+        console.print(f"[dim]{folder} is of other settings; starting over[/dim]")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(settings, fingerprint)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def _tokens(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    source: TextSource,
+    start: list[int],
+    settings: CalibrationSettings,
+    folder: Path,
+) -> tuple[NDArray[np.uint32], int]:
+    """Return the token file of a folder, written as far as the text goes, and its length."""
+    wanted = settings.tokens + settings.held_out
+    path, marker = folder / TOKENS, folder / "tokens.json"
+    done = {"pieces": 0, "tokens": 0, "complete": False}
+    if path.exists() and marker.exists():
+        done = json.loads(marker.read_text())
+    if not path.exists() or not (source.resumable or done["complete"]):
+        done = {"pieces": 0, "tokens": 0, "complete": False}
+        np.lib.format.open_memmap(path, mode="w+", dtype=np.uint32, shape=(wanted,)).flush()
+    tokens = np.lib.format.open_memmap(path, mode="r+")
+    if not done["complete"]:
+        pieces = source.pieces(model, tokenizer, start, int(done["pieces"]))
+        with bar("reading text", wanted, int(done["tokens"])) as advance:
+            for piece in pieces:
+                first = int(done["tokens"])
+                ids = np.asarray(piece[: wanted - first], dtype=np.uint32)
+                tokens[first : first + len(ids)] = ids
+                tokens.flush()
+                done = {
+                    "pieces": int(done["pieces"]) + 1,
+                    "tokens": first + len(ids),
+                    "complete": False,
+                }
+                if source.resumable:
+                    write_text(marker, json.dumps(done))
+                advance(len(ids))
+                if done["tokens"] == wanted:
+                    break
+        done["complete"] = True
+        write_text(marker, json.dumps(done))
+    count = int(done["tokens"])
+    if count < LEAST_TOKENS:
+        raise WinaError(
+            f"the calibration text has {count} tokens, and at least {LEAST_TOKENS} are needed"
+        )
+    if count < wanted:
+        console.print(f"[dim]the text ends after {count} of {wanted} tokens[/dim]")
+    return tokens, count
+
+
+@dataclass
+class _State:
+    """The sums so far and where they stand: ``done`` windows of ``stage``."""
+
+    folder: Path
+    stage: str
+    done: int
+    sums: Sums
+    saved: float
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device) -> _State:
+        path = folder / PROGRESS
+        if not path.exists():
+            return cls(folder, "gradients", 0, {}, time.monotonic())
+        tensors, metadata = read_tensors(path)
+        sums = {name: tensor.to(device) for name, tensor in tensors.items()}
+        return cls(folder, metadata["stage"], int(metadata["done"]), sums, time.monotonic())
+
+    def step(self, done: int) -> None:
+        """Note that a window is in the sums, and save them now and then."""
+        self.done = done
+        if time.monotonic() - self.saved > SECONDS:
+            self.save()
+
+    def finish_stage(self, following: str) -> None:
+        """Go to the next stage."""
+        self.stage, self.done = following, 0
+        self.save()
+
+    def save(self) -> None:
+        """Write sums and place in one file, whole or not at all."""
+        metadata = {"stage": self.stage, "done": str(self.done)}
+        write_tensors(self.folder / PROGRESS, self.sums, metadata)
+        self.saved = time.monotonic()

@@ -1,0 +1,212 @@
+"""Where calibration text comes from: files, a dataset, or the model itself.
+
+Each source yields token ids in pieces, so that neither text nor tokens need fit in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from wina.errors import UsageError, WinaError
+
+PIECE = 1 << 18  # characters tokenized at once, cut at a line's end
+MARK = "\u2063"  # stands for a message when a chat template is taken apart
+
+
+class TextSource(Protocol):
+    """A stream of token ids."""
+
+    def describe(self) -> str:
+        """Return what identifies the text, for records and for resuming."""
+        ...
+
+    def pieces(
+        self, model: PreTrainedModel, tokenizer: Tokenizer, start: list[int], first: int
+    ) -> Iterator[Sequence[int]]:
+        """Yield token ids.
+
+        ``start`` is how a fresh text starts; it is not yielded. A resumable source begins with
+        its piece number ``first``.
+        """
+        ...
+
+    @property
+    def resumable(self) -> bool:
+        """Whether ``pieces`` heeds ``first``."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileText:
+    """UTF-8 text files, one after the other."""
+
+    paths: tuple[Path, ...]
+    resumable = False
+
+    def __post_init__(self) -> None:
+        for path in self.paths:
+            if not path.is_file():
+                raise UsageError(f"there is no text file {str(path)!r}")
+
+    def describe(self) -> str:
+        """Return the files' names and contents' hashes."""
+        digests = []
+        for path in self.paths:
+            with path.open("rb") as file:
+                digests.append(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}")
+        return "files: " + ", ".join(digests)
+
+    def pieces(
+        self, model: PreTrainedModel, tokenizer: Tokenizer, start: list[int], first: int
+    ) -> Iterator[Sequence[int]]:
+        """Yield the ids of pieces that end at a line's end."""
+        del model, start, first
+        for path in self.paths:
+            for text in _read_pieces(path):
+                yield tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@dataclass(frozen=True)
+class DatasetText:
+    """The ``text`` column of a dataset on the Hugging Face hub, streamed."""
+
+    name: str
+    split: str = "train"
+    column: str = "text"
+    resumable = False
+
+    def __post_init__(self) -> None:
+        if importlib.util.find_spec("datasets") is None:
+            raise WinaError("reading a dataset needs: pip install 'wina[datasets]'")
+
+    def describe(self) -> str:
+        """Return the dataset's name and split."""
+        return f"dataset: {self.name} {self.split}"
+
+    def pieces(
+        self, model: PreTrainedModel, tokenizer: Tokenizer, start: list[int], first: int
+    ) -> Iterator[Sequence[int]]:
+        """Yield the ids of each row."""
+        del model, start, first
+        from datasets import load_dataset
+
+        try:
+            rows = load_dataset(self.name, split=self.split, streaming=True)
+        except (OSError, ValueError) as error:
+            raise WinaError(f"cannot read the dataset {self.name!r}: {error}") from error
+        for row in rows:
+            if self.column not in row:
+                raise WinaError(f"dataset {self.name!r} has no column {self.column!r}")
+            yield tokenizer(row[self.column] + "\n", add_special_tokens=False)["input_ids"]
+
+
+@dataclass(frozen=True)
+class SelfText:
+    """Text that the model writes itself, sampled: nothing but the model is needed.
+
+    Instruct models write one half of it as chats, beginning with the user's turn; everything else
+    goes on from one random token of the vocabulary.
+    """
+
+    seed: int = 0
+    batch: int = 8
+    length: int = 512
+    temperature: float = 1.0
+    resumable = True
+
+    def describe(self) -> str:
+        """Return the settings."""
+        return (
+            f"self: seed {self.seed}, batches of {self.batch} x {self.length}, "
+            f"temperature {self.temperature}"
+        )
+
+    def pieces(
+        self, model: PreTrainedModel, tokenizer: Tokenizer, start: list[int], first: int
+    ) -> Iterator[Sequence[int]]:
+        """Yield batch * length ids at a time, batch number ``first`` first, without end."""
+        chat = _user_turn(tokenizer)
+        while True:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first)
+            free = torch.randint(len(tokenizer), (self.batch, 1), generator=generator).tolist()
+            prompts = [[*start, *token] for token in free]
+            if chat:
+                prompts = [chat] * (self.batch // 2) + prompts[self.batch // 2 :]
+            seed = int(torch.randint(0, 2**31, (1,), generator=generator))
+            ids: list[int] = []
+            # Prompts of one length at a time: no padding, and no attention mask to get wrong.
+            for length in sorted({len(prompt) for prompt in prompts}):
+                rows = [prompt for prompt in prompts if len(prompt) == length]
+                ids += self._sample(model, torch.tensor(rows, device=model.device), seed)
+            yield ids
+            first += 1
+
+    @torch.no_grad()
+    def _sample(self, model: PreTrainedModel, prompts: Tensor, seed: int) -> list[int]:
+        """Return ``length`` sampled ids for each row of ``prompts``, one row after the other.
+
+        A text may end before its row does; what the model writes next is text too.
+        """
+        generator = torch.Generator(prompts.device).manual_seed(seed)
+        cache = DynamicCache(config=model.config)
+        ids, columns = prompts, []
+        for _ in range(self.length):
+            out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            probabilities = (out.logits[:, -1].float() / self.temperature).softmax(-1)
+            ids = torch.multinomial(probabilities, 1, generator=generator)
+            columns.append(ids)
+        return [int(token) for token in torch.cat(columns, dim=1).flatten().tolist()]
+
+
+def _user_turn(tokenizer: Tokenizer) -> list[int]:
+    """Return the ids up to where a user's first message would stand; none without a template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
+    except Exception:  # templates are programs of the model's author and may refuse anything
+        return []
+    head = str(text).partition(MARK)[0]
+    return list(tokenizer(head, add_special_tokens=False)["input_ids"])
+
+
+def read_text(path: Path) -> str:
+    """Return a text file's content.
+
+    Raises:
+        UsageError: it does not exist, or is not UTF-8.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no text file {str(path)!r}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text ({error.reason}); convert it first") from error
+
+
+def _read_pieces(path: Path) -> Iterator[str]:
+    rest = ""
+    try:
+        with path.open(encoding="utf-8") as file:
+            while chunk := file.read(PIECE):
+                head, newline, tail = (rest + chunk).rpartition("\n")
+                if newline:
+                    yield head + newline
+                rest = tail
+                if len(rest) > 4 * PIECE:  # a text without lines
+                    yield rest
+                    rest = ""
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text ({error.reason}); convert it first") from error
+    if rest:
+        yield rest

@@ -1,0 +1,49 @@
+"""The command line: each command is thin over the Python interface.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage. With --json, standard output holds one JSON object
+and nothing else; progress and notes go to standard error.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+from transformers.utils import logging as transformers_logging
+
+from wina.cli import calibrate, chat, evaluate, inspect, plan, run
+from wina.errors import UsageError, WinaError
+from wina.progress import console
+
+app = typer.Typer(
+    name="wina",
+    help="Training-free activation sparsity: faster decoding, and the loss measured.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("run")(run.run)
+app.command("chat")(chat.chat)
+app.command("calibrate")(calibrate.calibrate)
+app.command("plan")(plan.plan)
+app.command("eval")(evaluate.evaluate)
+app.command("inspect")(inspect.inspect)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; ends the process."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        app(arguments)
+    except UsageError as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except WinaError as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.print("interrupted; long work goes on where it was when started again")
+        sys.exit(130)

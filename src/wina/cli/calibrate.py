@@ -1,0 +1,91 @@
+"""`wina calibrate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wina.calibration import CalibrationSettings, DatasetText, FileText, SelfText, TextSource
+from wina.calibration import calibrate as run_calibration
+from wina.cli import options
+from wina.errors import UsageError
+from wina.progress import console
+
+
+def calibrate(
+    model: options.Model = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path(
+        "calibration"
+    ),
+    text: Annotated[
+        list[Path] | None, typer.Option(help="UTF-8 text file; may be repeated.")
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="Hub dataset with a text column.")] = None,
+    self_text: Annotated[
+        bool, typer.Option("--self", help="Text that the model writes itself (the default).")
+    ] = False,
+    tokens: Annotated[int, typer.Option(help="Of calibration text.")] = 16_384,
+    context: Annotated[int, typer.Option(help="Positions of a window.")] = 2_048,
+    dense_prefix: Annotated[int, typer.Option(help="First positions not counted.")] = 20,
+    gradient: Annotated[
+        bool, typer.Option(help="Collect gradients too, for 'loss' and 'global'.")
+    ] = True,
+    verdict: Annotated[
+        bool, typer.Option(help="Measure uniform against global allocation at 50 %.")
+    ] = True,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    seed: options.Seed = 0,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+) -> None:
+    """Collect a model's statistics, from which plans for any sparsity follow.
+
+    Work is saved as it goes: started again after an interruption, it goes on.
+
+    Examples:
+        wina calibrate demo -o calibration
+
+        wina calibrate HuggingFaceTB/SmolLM2-360M --text corpus.txt --tokens 65536 -o calibration
+    """
+    chosen = [text is not None and len(text) > 0, dataset is not None, self_text]
+    if sum(chosen) > 1:
+        raise UsageError("give one of --text, --dataset and --self")
+    settings = CalibrationSettings(
+        tokens=tokens,
+        context=context,
+        dense_prefix=dense_prefix,
+        seed=seed,
+        gradient=gradient,
+        verdict=verdict,
+    )
+    source: TextSource
+    if text:
+        source = FileText(tuple(text))
+    elif dataset is not None:
+        source = DatasetText(dataset)
+    else:
+        source = SelfText(seed=seed)
+    if output.exists() and not (output / "calibration.json").exists():
+        raise UsageError(f"{output} exists and is not a calibration; choose another folder")
+    loaded = options.load(model, dtype, device, revision, trust_remote_code)
+    calibration = run_calibration(
+        loaded.model,
+        loaded.tokenizer,
+        source,
+        settings,
+        name=loaded.name,
+        revision=loaded.revision,
+        output=output,
+    )
+    document = calibration.document
+    if as_json:
+        options.print_json({"calibration": str(output), **document.model_dump(mode="json")})
+        return
+    console.print(f"{document.tokens} tokens of {loaded.name} -> {output}")
+    if document.verdict is not None:
+        found = ", ".join(f"{name} {kl:.4f}" for name, kl in document.verdict.kl.items())
+        console.print(f"held-out KL at 50 %: {found} nats a token -> {document.verdict.best}")

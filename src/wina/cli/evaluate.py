@@ -1,0 +1,141 @@
+"""`wina eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from wina.cli import options
+from wina.errors import UsageError
+from wina.evaluation import Evaluation
+from wina.evaluation import evaluate as run_evaluation
+from wina.models import identify
+from wina.plan import Plan
+
+
+def evaluate(
+    model: options.Model = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="UTF-8 text file; may be repeated.")
+    ] = None,
+    plan: options.PlanSource = None,
+    calibration: options.CalibrationFolder = None,
+    sparsity: options.Sparsity = 0.5,
+    sweep: Annotated[
+        str | None, typer.Option(help="Several sparsities, such as 0.25,0.4,0.5,0.65.")
+    ] = None,
+    method: options.Method = "wina",
+    allocation: options.Allocation = None,
+    selection: options.Selection = "threshold",
+    include_head: options.IncludeHead = False,
+    tokens: Annotated[int, typer.Option(help="How many to score at most.")] = 16_384,
+    context: Annotated[int, typer.Option(help="Positions of a window.")] = 2_048,
+    dense_prefix: Annotated[int, typer.Option(help="First positions, dense, not scored.")] = 20,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    seed: options.Seed = 0,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+) -> None:
+    """Measure what sparsity loses on a text: perplexity, KL and agreement with the dense model.
+
+    --method and --sweep take several values separated by commas; each pair is a row.
+
+    Examples:
+        wina eval demo --text corpus.txt --tokens 8192
+
+        wina eval demo --text corpus.txt --calibration calibration --sweep 0.25,0.4,0.5,0.65
+
+        wina eval demo --text corpus.txt --plan plan --json
+    """
+    if not text:
+        raise UsageError("name a text to score: --text FILE")
+    targets = _numbers(sweep) if sweep is not None else [sparsity]
+    methods = method.split(",")
+    for one in methods:
+        for target in targets:
+            options.check_request(target, one, allocation, selection)
+    found_plan, found_calibration = options.load_artifacts(plan, calibration)
+    if found_plan is not None and sweep is not None:
+        raise UsageError("a plan has one sparsity; use --calibration with --sweep")
+    loaded = options.load(model, dtype, device, revision, trust_remote_code)
+    artifact = found_plan or found_calibration
+    if artifact is not None:
+        artifact.document.model.check(identify(loaded.model, loaded.name))
+
+    def plans() -> Iterator[Plan]:
+        if found_plan is not None:
+            yield found_plan
+            return
+        for one in methods:
+            for target in targets:
+                yield options.find_plan(
+                    loaded,
+                    None,
+                    found_calibration,
+                    target,
+                    one,
+                    allocation,
+                    selection,
+                    include_head,
+                    seed,
+                )
+
+    result = run_evaluation(
+        loaded.model,
+        loaded.tokenizer,
+        plans(),
+        text,
+        name=loaded.name,
+        tokens=tokens,
+        context=context,
+        dense_prefix=dense_prefix,
+    )
+    if as_json:
+        options.print_json(result.model_dump(mode="json"))
+    else:
+        _show(result)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--sweep takes numbers separated by commas; got {text!r}") from None
+
+
+def _show(result: Evaluation) -> None:
+    columns = ("method", "allocation", "selection", "target", "sparsity")
+    table = Table(*columns, "perplexity", "KL", "top-1 agreement")
+    table.add_row("dense", "", "", "", "0.0%", f"{result.dense.perplexity:.3f}", "", "")
+    for row in result.results:
+        table.add_row(
+            row.method,
+            row.allocation,
+            row.selection,
+            f"{row.target_sparsity:.1%}",
+            f"{row.sparsity:.1%}",
+            f"{row.perplexity:.3f}",
+            f"{row.kl:.4f}",
+            f"{row.top1_agreement:.1%}",
+        )
+    console = Console()
+    console.print(table)
+    if len(result.results) == 1:
+        row = result.results[0]
+        shares = ", ".join(f"{kind} {share:.2f}" for kind, share in row.by_kind.items())
+        console.print(f"sparsity by projection: {shares}", highlight=False)
+        shares = ", ".join(f"{share:.2f}" for share in row.by_block.values())
+        console.print(f"sparsity by block: {shares}", highlight=False)
+    console.print(
+        f"[dim]{result.model}, {result.scored_positions} positions of {', '.join(result.text)}, "
+        f"context {result.context}, first {result.dense_prefix} of each window dense, "
+        f"{result.dtype} on {result.device}[/dim]",
+        highlight=False,
+    )

@@ -1,0 +1,75 @@
+"""`wina inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from wina.calibration import Calibration
+from wina.calibration.artifact import DOCUMENT
+from wina.cli import options
+from wina.plan import Plan
+
+
+def inspect(
+    artifact: Annotated[str, typer.Argument(help="Folder of a plan or calibration, or hub id.")],
+    as_json: options.Json = False,
+) -> None:
+    """Show what is in a plan or a calibration.
+
+    Examples:
+        wina inspect plan
+
+        wina inspect calibration --json
+    """
+    if (Path(artifact) / DOCUMENT).exists():
+        _show_calibration(Calibration.load(artifact), as_json)
+    else:
+        _show_plan(Plan.load(artifact), as_json)
+
+
+def _show_plan(plan: Plan, as_json: bool) -> None:
+    document = plan.document
+    if as_json:
+        options.print_json({"sparsity": plan.sparsity, **document.model_dump(mode="json")})
+        return
+    kinds = list(dict.fromkeys(linear.kind for linear in document.linears.values()))
+    rows: dict[str, dict[str, float]] = {}
+    for linear in document.linears.values():
+        row = "head" if linear.block is None else str(linear.block)
+        rows.setdefault(row, {})[linear.kind] = linear.sparsity
+    table = Table("block", *kinds, title="expected sparsity")
+    for row, cells in rows.items():
+        table.add_row(row, *(f"{cells[kind]:.2f}" if kind in cells else "" for kind in kinds))
+    settings = document.model_dump(mode="json", exclude={"linears", "model"})
+    _print(table, {"base model": document.model.name, **settings, "expected": plan.sparsity})
+
+
+def _show_calibration(calibration: Calibration, as_json: bool) -> None:
+    document = calibration.document
+    if as_json:
+        options.print_json(document.model_dump(mode="json"))
+        return
+    table = Table("linear", "in", "out", "rms of x", "rms of dL/dx", title="statistics")
+    for linear in calibration.statistics:
+        site, rms = linear.site, linear.gradient_rms
+        table.add_row(
+            site.name,
+            str(site.in_features),
+            str(site.out_features),
+            f"{float(linear.mean_square.mean().sqrt()):.3g}",
+            "" if rms is None else f"{float(rms.square().mean().sqrt()):.3g}",
+        )
+    settings = document.model_dump(mode="json", exclude={"linears", "model"})
+    _print(table, {"base model": document.model.name, **settings})
+
+
+def _print(table: Table, settings: dict[str, object]) -> None:
+    console = Console()
+    console.print(table)
+    for name, value in settings.items():
+        console.print(f"[dim]{name}:[/dim] {value}", highlight=False)

@@ -1,0 +1,74 @@
+"""`wina plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wina.calibration import Calibration, make_plan
+from wina.cli import options
+from wina.errors import UsageError
+from wina.models import identify
+from wina.progress import console
+
+
+def plan(
+    calibration: Annotated[Path, typer.Argument(help="A folder made by wina calibrate.")],
+    sparsity: options.Sparsity = 0.5,
+    method: options.Method = "wina",
+    allocation: options.Allocation = None,
+    selection: options.Selection = "threshold",
+    include_head: options.IncludeHead = False,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("plan"),
+    model: Annotated[
+        str | None, typer.Option(help="The model, for --refine and greedy allocation.")
+    ] = None,
+    refine: Annotated[
+        bool, typer.Option("--refine", help="Meet the target on held-out text; needs --model.")
+    ] = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+) -> None:
+    """Make a plan for a target sparsity from a calibration; in seconds, without the model.
+
+    Examples:
+        wina plan calibration --sparsity 0.5 -o plan
+
+        wina plan calibration --sparsity 0.65 --refine --model demo -o plan
+    """
+    options.check_request(sparsity, method, allocation, selection)
+    if model is None and (refine or allocation == "greedy"):
+        what = "--refine" if refine else "--allocation greedy"
+        raise UsageError(f"{what} needs the model itself: add --model MODEL")
+    found = Calibration.load(calibration)
+    loaded = None
+    if model is not None:
+        loaded = options.load(model, dtype, device, revision, trust_remote_code)
+        found.document.model.check(identify(loaded.model, loaded.name))
+    made = make_plan(
+        found,
+        sparsity,
+        method,
+        allocation,
+        selection,
+        include_head=include_head,
+        model=None if loaded is None else loaded.model,
+        refine=refine,
+    )
+    made.save(output)
+    document = made.document
+    if as_json:
+        content = document.model_dump(mode="json", exclude={"linears"})
+        options.print_json({"plan": str(output), "expected_sparsity": made.sparsity, **content})
+        return
+    realized = document.realized_sparsity
+    held_out = "" if realized is None else f", {realized:.1%} on held-out text"
+    console.print(
+        f"{document.method}, {document.allocation}, {document.selection}: "
+        f"{made.sparsity:.1%} expected{held_out} -> {output}"
+    )

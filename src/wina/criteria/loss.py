@@ -1,0 +1,25 @@
+"""Loss-aware: |x_j| * rms(dL/dx_j).
+
+Dropping x_j changes the loss by x_j dL/dx_j to first order, which is zero on average over tokens
+at a trained model, and by about x_j^2 E[(dL/dx_j)^2] / 2 to second order: the Fisher
+approximation of the curvature, as in optimal brain damage (LeCun et al., 1990) but for
+activations. Scores are in nats, so linears can be compared with each other.
+"""
+
+from torch import Tensor
+
+from wina.criteria.base import Criterion, LinearFacts, register
+from wina.errors import UsageError
+
+
+def gradient_rms(facts: LinearFacts) -> Tensor:
+    """s_j = rms over tokens of dL/dx_j; raise UsageError if gradients were not collected."""
+    if facts.gradient_rms is None:
+        raise UsageError(
+            "criterion 'loss' needs gradients, which this calibration lacks; "
+            "calibrate again without --no-gradient"
+        )
+    return facts.gradient_rms
+
+
+LOSS = register(Criterion("loss", gradient_rms, needs_gradient=True, comparable=True))

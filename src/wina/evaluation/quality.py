@@ -1,0 +1,196 @@
+"""Score plans on text against the dense model: the same windows, the same weights, one pass each.
+
+Every position after the dense prefix of each window is sparse and scored. Each window starts as
+the tokenizer starts a fresh text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from wina.allocation.build import versions
+from wina.calibration.text import read_text
+from wina.errors import UsageError
+from wina.measures import Totals, compare, score_plan
+from wina.models import start_ids
+from wina.plan import Plan
+from wina.progress import track
+
+
+class DenseResult(BaseModel):
+    """The dense model's perplexity."""
+
+    perplexity: float
+
+
+class SparseResult(BaseModel):
+    """What one plan loses.
+
+    Attributes:
+        sparsity: realized: the share of the planned linears' weights not touched.
+        kl: mean KL(dense || sparse), nats a token.
+        top1_agreement: share of positions where both models put the same token first.
+        by_kind: realized sparsity of each kind of projection.
+        by_block: realized sparsity of each decoder block.
+    """
+
+    method: str
+    allocation: str
+    selection: str
+    target_sparsity: float
+    sparsity: float
+    perplexity: float
+    kl: float
+    top1_agreement: float
+    by_kind: dict[str, float]
+    by_block: dict[int, float]
+
+
+class Evaluation(BaseModel):
+    """One evaluation: settings, the dense model, and a result for each plan."""
+
+    model: str
+    text: list[str]
+    tokens: int
+    scored_positions: int
+    context: int
+    dense_prefix: int
+    start: list[int]
+    device: str
+    dtype: str
+    versions: dict[str, str]
+    dense: DenseResult
+    results: list[SparseResult]
+
+
+def text_windows(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    paths: Sequence[Path],
+    tokens: int,
+    context: int,
+    dense_prefix: int,
+) -> tuple[list[Tensor], list[int]]:
+    """Return windows of text, each int64 (1, positions), and the ids each of them starts with.
+
+    Args:
+        model: its context limits the windows.
+        tokenizer: the model's.
+        paths: UTF-8 text files, one after the other.
+        tokens: how many tokens to score at most, the windows' start ids not counted.
+        context: positions of a window, start ids included.
+        dense_prefix: a window must be longer.
+
+    Raises:
+        UsageError: not UTF-8, too little text, or a context that the model cannot hold.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and context > limit:
+        raise UsageError(f"the model's context is {limit} positions, {context} were asked for")
+    start = start_ids(model, tokenizer)
+    length = context - len(start)
+    if length <= dense_prefix + 1:
+        raise UsageError("the dense prefix leaves nothing of the context to score")
+    text = "".join(read_text(path) for path in paths)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]
+    if len(ids) <= dense_prefix + 1:
+        raise UsageError(
+            f"the text has {len(ids)} tokens, too few to score after {dense_prefix} dense ones"
+        )
+    windows = [
+        torch.tensor([[*start, *ids[first : first + length]]])
+        for first in range(0, len(ids), length)
+    ]
+    return [x for x in windows if x.shape[1] > dense_prefix + 1], start
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    plans: Iterable[Plan],
+    paths: Sequence[Path],
+    *,
+    name: str,
+    tokens: int,
+    context: int = 2048,
+    dense_prefix: int = 20,
+) -> Evaluation:
+    """Score the dense model and each plan on text.
+
+    Args:
+        model: dense, in evaluation mode; dense again at the end.
+        tokenizer: its tokenizer.
+        plans: what to score, in order.
+        paths: UTF-8 text files.
+        name: of the model, for the record.
+        tokens: how many tokens of the text at most.
+        context: positions of a window.
+        dense_prefix: first positions of a window, dense and not scored.
+    """
+    windows, start = text_windows(model, tokenizer, paths, tokens, context, dense_prefix)
+    dense = Totals()
+    for ids in track(windows, "dense", len(windows)):
+        ids = ids.to(model.device)
+        logits = model(ids, use_cache=False).logits[0, dense_prefix:-1]
+        dense += compare(logits, ids[0, dense_prefix + 1 :])
+    results = [_score(model, plan, windows, dense_prefix) for plan in plans]
+    return Evaluation(
+        model=name,
+        text=[path.name for path in paths],
+        tokens=sum(window.shape[1] - len(start) for window in windows),
+        scored_positions=dense.positions,
+        context=context,
+        dense_prefix=dense_prefix,
+        start=start,
+        device=_device_name(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        versions=versions(),
+        dense=DenseResult(perplexity=dense.perplexity),
+        results=results,
+    )
+
+
+def _score(
+    model: PreTrainedModel, plan: Plan, windows: Sequence[Tensor], dense_prefix: int
+) -> SparseResult:
+    document = plan.document
+    what = f"{document.method} {document.allocation} {document.target_sparsity:.0%}"
+    totals, counter = score_plan(model, plan, windows, dense_prefix, what)
+    return SparseResult(
+        method=document.method,
+        allocation=document.allocation,
+        selection=document.selection,
+        target_sparsity=document.target_sparsity,
+        sparsity=counter.sparsity,
+        perplexity=totals.perplexity,
+        kl=totals.kl,
+        top1_agreement=totals.agreement,
+        by_kind=_grouped(plan, counter.by_linear(), lambda linear: linear.kind),
+        by_block=_grouped(plan, counter.by_linear(), lambda linear: linear.block),
+    )
+
+
+def _grouped(plan: Plan, shares: dict[str, float], key: Any) -> dict[Any, float]:
+    """Return the weighted mean sparsity of each group of linears; those without a key are left."""
+    dropped: dict[Any, float] = {}
+    total: dict[Any, float] = {}
+    for name, share in shares.items():
+        linear = plan.document.linears[name]
+        group, weights = key(linear), linear.in_features * linear.out_features
+        if group is not None:
+            dropped[group] = dropped.get(group, 0.0) + share * weights
+            total[group] = total.get(group, 0.0) + weights
+    return {group: dropped[group] / total[group] for group in total}
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

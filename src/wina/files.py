@@ -1,0 +1,124 @@
+"""Files that are either whole or absent, and errors that name the file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from platformdirs import user_cache_path
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from wina.errors import WinaError
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+def cache_dir() -> Path:
+    """Return the folder of cached calibrations and plans (WINA_CACHE overrides the platform's)."""
+    override = os.environ.get("WINA_CACHE")
+    return Path(override) if override else user_cache_path("wina")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that takes its place when the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that takes the place of ``path`` when the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file atomically."""
+    with replacing(path) as temporary:
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, metadata=metadata)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a safetensors file.
+
+    Raises:
+        WinaError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError:
+        raise WinaError(f"{path} is missing; the folder is incomplete, make it again") from None
+    except (SafetensorError, OSError) as error:
+        raise WinaError(f"{path} is damaged ({error}); make it again") from error
+
+
+def read_json(path: Path, schema: type[Schema]) -> Schema:
+    """Read and validate a JSON file.
+
+    Raises:
+        WinaError: the file is missing, not JSON, or does not follow the schema.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WinaError(f"{path} is missing; the folder is incomplete, make it again") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WinaError(f"{path} is not valid JSON ({error}); make it again") from error
+    return validate(content, schema, str(path))
+
+
+def validate(content: Any, schema: type[Schema], source: str) -> Schema:
+    """Validate ``content`` against ``schema``, naming ``source`` and each wrong field."""
+    version = schema.model_fields.get("schema_version")
+    if version is not None and isinstance(content, dict):
+        found = content.get("schema_version")
+        if found != version.default:
+            raise WinaError(
+                f"{source} has schema version {found!r}; this wina reads {version.default}. "
+                "Make the file again, or use the wina that wrote it."
+            )
+    try:
+        return schema.model_validate(content)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, issue['loc'])) or 'content'}: {issue['msg']}"
+            for issue in error.errors()[:5]
+        )
+        raise WinaError(
+            f"{source} does not follow its schema ({problems}); make it again"
+        ) from error

@@ -1,0 +1,1 @@
+"""Integrations: one module for each engine, through its public extension points."""

@@ -1,0 +1,19 @@
+"""Sparse layers: linears that skip the input channels which a plan's thresholds drop."""
+
+from wina.layers.linear import SparseConv1D, SparseLayer, SparseLinear, sparse_layers
+from wina.layers.phase import Phase
+from wina.layers.scoring import SparsityCounter, scoring
+from wina.layers.swap import densify, phase_of, sparsify
+
+__all__ = [
+    "Phase",
+    "SparseConv1D",
+    "SparseLayer",
+    "SparseLinear",
+    "SparsityCounter",
+    "densify",
+    "phase_of",
+    "scoring",
+    "sparse_layers",
+    "sparsify",
+]

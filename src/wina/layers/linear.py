@@ -1,0 +1,167 @@
+"""The sparse form of each kind of linear layer.
+
+A sparse layer is the original module with another class: the same object, parameters, names,
+hooks and memory, plus one float32 buffer. (torch.nn.utils.parametrize changes classes in the same
+way.) That is why a sparsified model saves under its original parameter names, and why making it
+dense again restores it exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from wina.errors import UsageError
+from wina.kernels import sparse_linear
+from wina.layers.phase import Phase
+from wina.selection import Selection, threshold_mask, topk_mask
+
+
+class SparseLayer(nn.Module):
+    """What all sparse layers share; the class they were made from follows in the bases.
+
+    Attributes:
+        selection: how channels are chosen.
+        keep: channels kept of each token with top-k, else None.
+        phase: which positions are sparse, shared over the model.
+        active: False when the vector drops nothing, so that 0 % sparsity is bit-equal to dense.
+    """
+
+    dense_class: ClassVar[type[nn.Module]]
+    selection: Selection
+    keep: int | None
+    phase: Phase
+    active: bool
+    bias: Tensor | None
+
+    @property
+    def vector_name(self) -> str:
+        """Name of the buffer of shape (in_features,): thresholds t_j, or scales s_j of top-k."""
+        return "thresholds" if self.selection == "threshold" else "scales"
+
+    @property
+    def vector(self) -> Tensor:
+        """The thresholds or the scales, shape (in_features,), float32."""
+        return self.get_buffer(self.vector_name)
+
+    def mask(self, x: Tensor) -> Tensor:
+        """Return True for the channels of ``x`` (..., in_features) that stay in sparse mode."""
+        if self.keep is None:
+            return threshold_mask(x, self.vector)
+        return topk_mask(x, self.vector, self.keep)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return W (mask o x) + b on sparse positions and W x + b on dense ones.
+
+        Args:
+            x: inputs, shape (..., in_features).
+        """
+        rows = self.phase.rows
+        if rows is False or not self.active:
+            return super().forward(x)  # type: ignore[misc,no-any-return]
+        if rows is True and self.keep is None:
+            return sparse_linear(x, matrix(self), self.vector, self.bias)
+        mask = self.mask(x)
+        if isinstance(rows, Tensor):
+            mask = mask | ~align(rows, x)
+        return super().forward(torch.where(mask, x, 0))  # type: ignore[misc,no-any-return]
+
+
+def align(rows: Tensor, x: Tensor) -> Tensor:
+    """Return ``rows`` (positions,) in a shape that broadcasts over ``x`` (..., in_features).
+
+    Some decoders flatten batch and positions before the MLP, and the head may see only the last
+    positions.
+    """
+    seen = x.shape[-2]
+    if seen % len(rows) == 0:
+        return rows.repeat(seen // len(rows))[:, None]
+    return rows[-seen:, None]
+
+
+class SparseLinear(SparseLayer, nn.Linear):
+    """torch.nn.Linear, sparse."""
+
+    dense_class = nn.Linear
+
+
+class SparseConv1D(SparseLayer, Conv1D):  # type: ignore[misc]
+    """transformers' Conv1D (GPT-2), sparse; its weight is stored input-major."""
+
+    dense_class = Conv1D
+
+
+SPARSE_CLASSES: dict[type[nn.Module], type[SparseLayer]] = {
+    sparse.dense_class: sparse for sparse in (SparseLinear, SparseConv1D)
+}
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """Return a linear layer's W, shape (out_features, in_features), whatever its storage."""
+    weight = module.get_parameter("weight")
+    return weight.t() if isinstance(module, Conv1D) else weight
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """Return (in_features, out_features) of a linear layer, sparse or dense."""
+    out_features, in_features = matrix(module).shape
+    return in_features, out_features
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether wina has a sparse form of this module, or it is one."""
+    return type(module) in SPARSE_CLASSES or isinstance(module, SparseLayer)
+
+
+def make_sparse(
+    module: nn.Module, vector: Tensor, selection: Selection, keep: int | None, phase: Phase
+) -> None:
+    """Turn a linear layer into its sparse form, in place.
+
+    Args:
+        module: an nn.Linear or Conv1D; subclasses are refused, since they may compute otherwise.
+        vector: thresholds or scales, shape (in_features,), float32.
+        selection: how channels are chosen.
+        keep: with top-k, the channels kept of each token.
+        phase: shared over the model.
+
+    Raises:
+        UsageError: wina has no sparse form of the module's class.
+    """
+    sparse_class = SPARSE_CLASSES.get(type(module))
+    if sparse_class is None:
+        raise UsageError(f"no sparse form of {type(module).__qualname__} is known")
+    module.__class__ = sparse_class
+    assert isinstance(module, SparseLayer)
+    module.selection, module.keep, module.phase = selection, keep, phase
+    module.register_buffer(module.vector_name, vector)
+    refresh(module)
+
+
+def refresh(module: SparseLayer) -> None:
+    """Set ``active`` from the vector; call it after the vector was loaded or changed."""
+    if module.vector.is_meta:
+        module.active = True
+    elif module.keep is None:
+        module.active = bool((module.vector > 0).any())
+    else:
+        module.active = module.keep < features(module)[0]
+
+
+def make_dense(module: SparseLayer) -> None:
+    """Turn a sparse layer back into what it was, in place."""
+    delattr(module, module.vector_name)
+    for name in ("selection", "keep", "phase", "active"):
+        delattr(module, name)
+    module.__class__ = module.dense_class
+
+
+def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:
+    """Yield name and module of every sparse layer."""
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLayer):
+            yield name, module

@@ -1,0 +1,97 @@
+"""Run a plan over whole texts, as quality is scored: every position sparse, and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wina.layers.linear import SparseLayer, align, matrix, sparse_layers
+from wina.layers.phase import Phase
+from wina.layers.swap import densify, phase_of, sparsify
+from wina.plan import Plan
+
+
+@contextmanager
+def scoring(model: nn.Module, plan: Plan, dense_prefix: int) -> Iterator[Phase]:
+    """Make a dense model sparse inside the block, prompt positions too.
+
+    Args:
+        model: dense; dense again at the end.
+        plan: what to drop.
+        dense_prefix: first positions of every text that stay dense.
+    """
+    phase = sparsify(model, plan)
+    phase.prefill, phase.dense_prefix = "sparse", dense_prefix
+    try:
+        yield phase
+    finally:
+        densify(model)
+
+
+class SparsityCounter:
+    """Counts dropped channels of a sparse model's layers on sparse positions, as a context."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._dropped: dict[str, Tensor] = {}
+        self._rows: dict[str, int] = {}
+        self._shape: dict[str, tuple[int, int]] = {}
+
+    def __enter__(self) -> SparsityCounter:
+        phase = phase_of(self._model)
+        self._handles = []
+        for name, layer in sparse_layers(self._model):
+            out_features, in_features = matrix(layer).shape
+            self._shape[name] = (in_features, out_features)
+            self._handles.append(layer.register_forward_pre_hook(self._observer(name, phase)))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _observer(self, name: str, phase: Phase | None) -> Any:
+        @torch.no_grad()
+        def observe(layer: SparseLayer, args: tuple[Tensor, ...]) -> None:
+            rows = True if phase is None else phase.rows
+            if rows is False:
+                return
+            x = args[0]
+            dropped = ~layer.mask(x) if layer.active else torch.zeros_like(x, dtype=torch.bool)
+            seen = x[..., 0].numel()
+            if isinstance(rows, Tensor):
+                counted = align(rows, x)
+                dropped &= counted
+                seen = int(counted.sum()) * (seen // len(counted))
+            total = dropped.sum()
+            self._dropped[name] = self._dropped[name] + total if name in self._dropped else total
+            self._rows[name] = self._rows.get(name, 0) + seen
+
+        return observe
+
+    def by_linear(self) -> dict[str, float]:
+        """Return the share of input channels that each linear dropped."""
+        return {
+            name: int(total) / max(1, self._rows[name] * self._shape[name][0])
+            for name, total in self._dropped.items()
+        }
+
+    @property
+    def sparsity(self) -> float:
+        """Share of weights not touched, over all counted linears and positions."""
+        saved = spent = 0
+        for name, total in self._dropped.items():
+            in_features, out_features = self._shape[name]
+            saved += int(total) * out_features
+            spent += self._rows[name] * in_features * out_features
+        return saved / max(1, spent)

@@ -1,0 +1,81 @@
+"""Apply a plan to a model, and take it away again."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from wina.errors import WinaError
+from wina.layers.linear import features, is_linear, make_dense, make_sparse, sparse_layers
+from wina.layers.phase import Phase
+from wina.plan import Plan, PlanDocument
+
+
+def find_decoder(model: nn.Module) -> nn.Module:
+    """Return the module that every forward pass goes through with ids or embeddings and cache."""
+    get = getattr(model, "get_decoder", None)
+    decoder = get() if callable(get) else None
+    return decoder if isinstance(decoder, nn.Module) else model
+
+
+def check_linears(model: nn.Module, document: PlanDocument) -> dict[str, nn.Module]:
+    """Return the planned modules by name.
+
+    Raises:
+        WinaError: the model lacks one, or its shape is another.
+    """
+    found: dict[str, nn.Module] = {}
+    modules = dict(model.named_modules())
+    for name, linear in document.linears.items():
+        module = modules.get(name)
+        if module is None or not is_linear(module):
+            what = "no such layer" if module is None else f"a {type(module).__qualname__}"
+            raise WinaError(
+                f"the plan names the linear {name!r}, and the model has {what} there: the plan "
+                f"was made for {document.model.name!r}, another model"
+            )
+        if features(module) != (linear.in_features, linear.out_features):
+            raise WinaError(
+                f"the plan's {name!r} maps {linear.in_features} to {linear.out_features} features, "
+                f"the model's {features(module)[0]} to {features(module)[1]}: the plan was made "
+                f"for {document.model.name!r}, another model"
+            )
+        found[name] = module
+    return found
+
+
+def sparsify(model: nn.Module, plan: Plan) -> Phase:
+    """Make the planned linears of ``model`` sparse, in place, and return their shared phase.
+
+    A model that is sparse already gets the new plan instead of the old one. Nothing is changed
+    if the plan does not fit. The model's identity is not checked here (see wina.api).
+    """
+    document = plan.document
+    modules = check_linears(model, document)
+    densify(model)
+    phase = Phase(document.prefill, document.dense_prefix)
+    for name, module in modules.items():
+        device = next(module.parameters()).device
+        vector = plan.vectors[name].to(device, copy=True)
+        make_sparse(module, vector, document.selection, document.linears[name].keep, phase)
+    attach_phase(model, phase)
+    return phase
+
+
+def attach_phase(model: nn.Module, phase: Phase) -> None:
+    """Let ``phase`` see every call of the model's decoder."""
+    decoder = find_decoder(model)
+    phase.handle = decoder.register_forward_pre_hook(phase.observe, with_kwargs=True)
+
+
+def densify(model: nn.Module) -> None:
+    """Restore the dense model exactly: the same modules and parameters, no buffer, no hook."""
+    for _, layer in list(sparse_layers(model)):
+        if layer.phase.handle is not None:
+            layer.phase.handle.remove()
+        make_dense(layer)
+
+
+def phase_of(model: nn.Module) -> Phase | None:
+    """Return the phase that a sparse model's layers share; None if the model is dense."""
+    layer = next(sparse_layers(model), None)
+    return None if layer is None else layer[1].phase

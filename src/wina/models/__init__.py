@@ -1,0 +1,18 @@
+"""Models: load one, know which one it is, and find what to sparsify in it."""
+
+from wina.models.identity import identify
+from wina.models.loading import DEMO, LoadedModel, load_model
+from wina.models.structure import Site, blocks, find_sites, run_body
+from wina.models.tokens import start_ids
+
+__all__ = [
+    "DEMO",
+    "LoadedModel",
+    "Site",
+    "blocks",
+    "find_sites",
+    "identify",
+    "load_model",
+    "run_body",
+    "start_ids",
+]

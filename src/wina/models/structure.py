@@ -1,0 +1,104 @@
+"""Find what to sparsify by structure: the linears inside the decoder's repeated block.
+
+No model family is named here. A decoder is the module that Transformers' own ``get_decoder``
+returns; its blocks are the longest list of modules in it that hold linears.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from wina.errors import UsageError
+from wina.layers.linear import features, is_linear
+from wina.layers.swap import find_decoder
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear that may be sparsified.
+
+    Attributes:
+        name: its qualified name in the model.
+        kind: the last part of the name, such as ``k_proj``.
+        block: index of its decoder block; None outside the blocks (lm_head).
+    """
+
+    name: str
+    kind: str
+    block: int | None
+    in_features: int
+    out_features: int
+
+    @property
+    def weights(self) -> int:
+        """Number of weights: the cost of a decoded token is the weights it touches."""
+        return self.in_features * self.out_features
+
+
+def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return the qualified name and the list of the decoder's repeated blocks.
+
+    Raises:
+        UsageError: there are none; wina needs a stack of blocks with nn.Linear or Conv1D.
+    """
+    decoder = find_decoder(model)
+    candidates = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and any(module is part for part in decoder.modules())
+        and any(is_linear(part) for part in module.modules())
+    ]
+    if not candidates:
+        raise UsageError(
+            f"unsupported architecture {type(model).__name__}: no list of decoder blocks with "
+            "nn.Linear or Conv1D layers was found in it"
+        )
+    # Outer lists come before the lists inside them; blocks outnumber anything else outside them.
+    outer = [
+        (name, module)
+        for name, module in candidates
+        if not any(name.startswith(f"{other}.") for other, _ in candidates if other != name)
+    ]
+    return max(outer, key=lambda item: len(item[1]))
+
+
+def find_sites(model: nn.Module, include_head: bool = False) -> list[Site]:
+    """Return the linears of the blocks in order, and the head last if asked for.
+
+    Raises:
+        UsageError: the architecture is not supported.
+    """
+    prefix, layers = blocks(model)
+    sites = [
+        _site(f"{prefix}.{index}.{name}", module, index)
+        for index, block in enumerate(layers)
+        for name, module in block.named_modules()
+        if is_linear(module)
+    ]
+    if include_head:
+        sites.append(_head(model))
+    return sites
+
+
+def run_body(model: nn.Module, ids: Tensor, with_head: bool = False) -> None:
+    """Run the decoder over ``ids`` (batch, positions) for its hooks' sake; the head if asked."""
+    if with_head:
+        model(ids, use_cache=False)
+    else:
+        find_decoder(model)(input_ids=ids, use_cache=False)
+
+
+def _head(model: nn.Module) -> Site:
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    for name, module in model.named_modules():
+        if module is head and is_linear(module):
+            return _site(name, module, None)
+    raise UsageError(f"{type(model).__name__} has no linear output head to include")
+
+
+def _site(name: str, module: nn.Module, block: int | None) -> Site:
+    return Site(name, name.rpartition(".")[2], block, *features(module))

@@ -1,0 +1,6 @@
+"""The plan: what to drop in which linear. A sidecar folder beside an untouched base model."""
+
+from wina.plan.identity import ModelIdentity
+from wina.plan.plan import SCHEMA_VERSION, Plan, PlanDocument, PlannedLinear
+
+__all__ = ["SCHEMA_VERSION", "ModelIdentity", "Plan", "PlanDocument", "PlannedLinear"]

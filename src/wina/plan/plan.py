@@ -1,0 +1,158 @@
+"""The plan's schema, its folder, and its checks.
+
+A folder holds ``plan.json`` (this module's PlanDocument), ``plan.safetensors`` (one float32
+vector for each linear) and a model card. Nothing of the base model's weights is in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from wina.errors import UsageError, WinaError
+from wina.files import read_json, read_tensors, replacing_folder, write_tensors, write_text
+from wina.plan.card import model_card
+from wina.plan.identity import ModelIdentity
+from wina.selection import Selection
+
+SCHEMA_VERSION = 1
+DOCUMENT, VECTORS, CARD = "plan.json", "plan.safetensors", "README.md"
+
+
+class PlannedLinear(BaseModel):
+    """What a plan says of one linear.
+
+    Attributes:
+        kind: the projection's own name, such as ``k_proj``.
+        block: index of its decoder block; None outside the blocks (lm_head).
+        sparsity: the share of input channels this linear is expected to drop.
+        keep: channels kept of each token; only with top-k selection.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: str
+    block: int | None
+    in_features: int = Field(gt=0)
+    out_features: int = Field(gt=0)
+    sparsity: float = Field(ge=0, le=1)
+    keep: int | None = Field(default=None, ge=0)
+
+
+class PlanDocument(BaseModel):
+    """Everything of a plan but its vectors.
+
+    Attributes:
+        target_sparsity: the share of the planned linears' weights asked to stay untouched.
+        realized_sparsity: that share measured on held-out text; None if it was not measured.
+        prefill: whether positions of the prompt are sparse too.
+        dense_prefix: with sparse prefill, the number of first positions that stay dense.
+        versions: of the packages that made the plan.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    model: ModelIdentity
+    method: str
+    allocation: str
+    selection: Selection
+    target_sparsity: float = Field(ge=0, lt=1)
+    realized_sparsity: float | None = Field(default=None, ge=0, le=1)
+    include_head: bool = False
+    prefill: Literal["dense", "sparse"] = "dense"
+    dense_prefix: int = Field(default=0, ge=0)
+    linears: dict[str, PlannedLinear] = Field(min_length=1)
+    calibration: dict[str, str | int | float | bool | None] = {}
+    versions: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A document and one float32 vector of shape (in_features,) for each of its linears.
+
+    The vector holds the thresholds t_j with threshold selection, and the scales s_j with top-k.
+    """
+
+    document: PlanDocument
+    vectors: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        linears = self.document.linears
+        if missing := sorted(linears.keys() ^ self.vectors.keys()):
+            raise WinaError(f"the plan's vectors and its document disagree on {missing[0]}")
+        for name, linear in linears.items():
+            vector = self.vectors[name]
+            if vector.shape != (linear.in_features,) or vector.dtype != torch.float32:
+                raise WinaError(
+                    f"the plan's vector for {name} is {tuple(vector.shape)} {vector.dtype}, "
+                    f"not ({linear.in_features},) float32"
+                )
+            if bool((vector < 0).any() | vector.isnan().any()):
+                raise WinaError(f"the plan's vector for {name} holds negative numbers or NaN")
+            if (linear.keep is None) != (self.document.selection == "threshold"):
+                raise WinaError(f"the plan's 'keep' for {name} does not fit its selection")
+            if linear.keep is not None and linear.keep > linear.in_features:
+                raise WinaError(f"the plan keeps more channels of {name} than it has")
+
+    @property
+    def sparsity(self) -> float:
+        """The expected share of the planned linears' weights that a decoded token skips."""
+        linears = self.document.linears.values()
+        total = sum(linear.in_features * linear.out_features for linear in linears)
+        dropped = sum(x.sparsity * x.in_features * x.out_features for x in linears)
+        return dropped / total
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the plan's folder, whole or not at all, and return its path."""
+        path = Path(folder)
+        if path.exists() and not (path / DOCUMENT).exists() and any(path.iterdir()):
+            raise UsageError(f"{path} exists and is not a plan; choose another folder")
+        with replacing_folder(path) as temporary:
+            write_tensors(temporary / VECTORS, self.vectors, {"format": "pt"})
+            write_text(temporary / DOCUMENT, self.document.model_dump_json(indent=1))
+            write_text(temporary / CARD, model_card(self.document, self.sparsity))
+        return path
+
+    @classmethod
+    def load(cls, source: str | Path, revision: str | None = None) -> Plan:
+        """Read a plan from a folder or, if there is no such folder, from the Hugging Face hub.
+
+        Raises:
+            WinaError: the folder or repository is missing, incomplete or damaged.
+        """
+        folder = Path(source)
+        if not folder.is_dir():
+            folder = _download(str(source), revision)
+        document = read_json(folder / DOCUMENT, PlanDocument)
+        vectors, _ = read_tensors(folder / VECTORS)
+        return cls(document, vectors)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload the plan as a model repository of its own and return its address."""
+        import tempfile
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as parent:
+            folder = self.save(Path(parent) / "plan")
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    try:
+        return Path(
+            snapshot_download(repo_id, revision=revision, allow_patterns=[DOCUMENT, VECTORS])
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise WinaError(
+            f"there is no plan at {repo_id!r}: no such folder, and the hub did not give it "
+            f"({type(error).__name__}). Make one with `wina plan`."
+        ) from error

@@ -1,0 +1,46 @@
+"""One progress bar for all long work: on standard error, silent where nobody watches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+T = TypeVar("T")
+
+console = Console(stderr=True)
+
+
+@contextmanager
+def bar(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show a bar inside the block and yield the function that advances it."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, transient=True
+    ) as progress:
+        task = progress.add_task(description, total=total, completed=done)
+        yield lambda steps: progress.advance(task, steps)
+
+
+def track(items: Iterable[T], description: str, total: int, done: int = 0) -> Iterator[T]:
+    """Yield ``items``, showing how many of ``total`` are done; ``done`` were done before."""
+    with bar(description, total, done) as advance:
+        for item in items:
+            yield item
+            advance(1)
