@@ -82,7 +82,7 @@ def add_gradients(
             rows = gradient.reshape(-1, gradient.shape[-1])[skip:]
             _add(sums, f"gradient/{site.name}", rows.float().square().sum(0, dtype=torch.float64))
 
-        alias.register_hook(add)
+        alias.register_hook(add)  # type: ignore[no-untyped-call]
         return alias
 
     with _inputs(model, sites, see), torch.enable_grad():

@@ -9,9 +9,7 @@ from wina.kernels import reference
 
 
 @torch.library.custom_op("wina::sparse_linear", mutates_args=())
-def _sparse_linear(
-    x: Tensor, weight: Tensor, thresholds: Tensor, bias: Tensor | None
-) -> Tensor:
+def _sparse_linear(x: Tensor, weight: Tensor, thresholds: Tensor, bias: Tensor | None) -> Tensor:
     return reference.sparse_linear(x, weight, thresholds, bias)
 
 

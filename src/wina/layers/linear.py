@@ -36,7 +36,6 @@ class SparseLayer(nn.Module):
     keep: int | None
     phase: Phase
     active: bool
-    bias: Tensor | None
 
     @property
     def vector_name(self) -> str:
@@ -62,13 +61,13 @@ class SparseLayer(nn.Module):
         """
         rows = self.phase.rows
         if rows is False or not self.active:
-            return super().forward(x)  # type: ignore[misc,no-any-return]
+            return super().forward(x)  # type: ignore[no-any-return]
         if rows is True and self.keep is None:
-            return sparse_linear(x, matrix(self), self.vector, self.bias)
+            return sparse_linear(x, matrix(self), self.vector, self._parameters["bias"])
         mask = self.mask(x)
         if isinstance(rows, Tensor):
             mask = mask | ~align(rows, x)
-        return super().forward(torch.where(mask, x, 0))  # type: ignore[misc,no-any-return]
+        return super().forward(torch.where(mask, x, 0))  # type: ignore[no-any-return]
 
 
 def align(rows: Tensor, x: Tensor) -> Tensor:
@@ -157,7 +156,7 @@ def make_dense(module: SparseLayer) -> None:
     delattr(module, module.vector_name)
     for name in ("selection", "keep", "phase", "active"):
         delattr(module, name)
-    module.__class__ = module.dense_class
+    module.__class__ = module.dense_class  # type: ignore[assignment]
 
 
 def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:

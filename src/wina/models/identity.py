@@ -60,7 +60,7 @@ def _weights_hash(model: nn.Module) -> str:
 @torch.no_grad()
 def _digest(parameter: torch.Tensor) -> str:
     digest = hashlib.sha256()
-    for chunk in parameter.detach().flatten().split(1 << 24):
+    for chunk in torch.split(parameter.detach().flatten(), 1 << 24):
         rounded = chunk.to(torch.bfloat16)
         rounded = torch.where(rounded.abs() < SMALLEST_NORMAL_FLOAT16, 0, rounded)
         digest.update(rounded.cpu().view(torch.int16).numpy().tobytes())

@@ -95,7 +95,7 @@ def _head(model: nn.Module) -> Site:
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     for name, module in model.named_modules():
-        if module is head and is_linear(module):
+        if head is not None and module is head and is_linear(module):
             return _site(name, module, None)
     raise UsageError(f"{type(model).__name__} has no linear output head to include")
 

@@ -22,7 +22,7 @@ from wina.plan.card import model_card
 from wina.plan.identity import ModelIdentity
 from wina.selection import Selection
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 DOCUMENT, VECTORS, CARD = "plan.json", "plan.safetensors", "README.md"
 
 

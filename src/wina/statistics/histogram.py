@@ -17,7 +17,8 @@ BINS = 64 << (23 - SHIFT)
 
 def bin_of(scores: Tensor) -> Tensor:
     """Return the bin of each score, int32 in [0, BINS); scores are float32 and not negative."""
-    return ((scores.view(torch.int32) >> SHIFT) - FIRST).clamp_(0, BINS - 1)
+    bins: Tensor = (scores.view(torch.int32) >> SHIFT) - FIRST
+    return bins.clamp_(0, BINS - 1)
 
 
 def histogram(scores: Tensor) -> Tensor:
@@ -47,7 +48,8 @@ def share_below(cumulated: Tensor, values: Tensor) -> Tensor:
     position = position.clamp(0, BINS)
     below = position.floor().clamp(max=BINS - 1).long()[:, None]
     low, high = cumulated.gather(1, below)[:, 0], cumulated.gather(1, below + 1)[:, 0]
-    return low + (high - low) * (position - below[:, 0])
+    share: Tensor = low + (high - low) * (position - below[:, 0])
+    return share
 
 
 def value_at(cumulated: Tensor, shares: Tensor) -> Tensor:
@@ -64,4 +66,5 @@ def value_at(cumulated: Tensor, shares: Tensor) -> Tensor:
     low, high = cumulated.gather(1, upper - 1), cumulated.gather(1, upper)
     within = ((shares - low) / (high - low).clamp(min=1e-300)).clamp(0, 1)
     bits = ((upper - 1 + within + FIRST) * 2**SHIFT).round().to(torch.int32)
-    return torch.where(shares > 0, bits.view(torch.float32), 0.0)[:, 0]
+    values: Tensor = torch.where(shares > 0, bits.view(torch.float32), 0.0)
+    return values[:, 0]

