@@ -22,18 +22,19 @@ from wina.evaluation import evaluate
 from wina.models import load_model
 from wina.plan import Plan
 
-# (method, allocation, selection, sparsities)
-RECIPES = [
-    ("teal", "uniform", "topk", (0.25, 0.4, 0.5, 0.65)),
-    ("wina", "uniform", "topk", (0.25, 0.4, 0.5, 0.65)),
-    ("wina-kgate", "uniform", "topk", (0.25, 0.4, 0.5, 0.65)),
-    ("teal", "greedy", "topk", (0.25, 0.4, 0.5, 0.65)),
-    ("wina", "greedy", "topk", (0.25, 0.4, 0.5, 0.65)),
-    ("wina", "uniform", "threshold", (0.25, 0.4, 0.5, 0.65)),
-    ("teal", "global", "threshold", (0.25, 0.4, 0.5, 0.65)),
-    ("wina", "global", "threshold", (0.25, 0.4, 0.5, 0.65)),
-    ("loss", "global", "threshold", (0.25, 0.4, 0.5, 0.65)),
-]
+ALL = (0.25, 0.4, 0.5, 0.65)
+# (method, allocation, selection): sparsities
+RECIPES = {
+    ("teal", "uniform", "topk"): ALL,
+    ("wina", "uniform", "topk"): ALL,
+    ("wina-kgate", "uniform", "topk"): ALL,
+    ("teal", "global", "threshold"): ALL,
+    ("wina", "global", "threshold"): ALL,
+    ("loss", "global", "threshold"): ALL,
+    ("wina", "uniform", "threshold"): ALL,
+    ("teal", "greedy", "topk"): (0.5,),
+    ("wina", "greedy", "topk"): (0.5,),
+}
 
 
 def main(
@@ -69,48 +70,52 @@ def main(
         )
     calibrated = time.perf_counter()
     wanted = {float(part) for part in only.split(",")} if only else None
+    print(f"calibration {calibrated - begin:.0f} s; {calibration.document.verdict}", flush=True)
 
-    def plans() -> Iterator[Plan]:
-        for method, allocation, selection, sparsities in RECIPES:
-            for sparsity in sparsities:
-                if wanted is None or sparsity in wanted:
-                    yield make_plan(
-                        calibration,
-                        sparsity,
-                        method,
-                        allocation,
-                        selection,
-                        model=loaded.model,
-                        refine=allocation != "greedy",
-                    )
+    def plans(method: str, allocation: str, selection: str) -> Iterator[Plan]:
+        for sparsity in RECIPES[method, allocation, selection]:
+            if wanted is None or sparsity in wanted:
+                yield make_plan(
+                    calibration,
+                    sparsity,
+                    method,
+                    allocation,
+                    selection,
+                    model=loaded.model,
+                    refine=allocation != "greedy",
+                )
 
-    result = evaluate(
-        loaded.model,
-        loaded.tokenizer,
-        plans(),
-        [text],
-        name=loaded.name,
-        tokens=tokens,
-        context=context,
-        dense_prefix=dense_prefix,
-    )
-    if json_to is not None:
-        json_to.write_text(result.model_dump_json(indent=1))
-    print(f"verdict: {calibration.document.verdict}")
-    print(
-        f"{result.model}, {result.scored_positions} positions of {text.name}, {result.dtype} on "
-        f"{result.device}, {json.dumps(result.versions)}; calibration "
-        f"{calibrated - begin:.0f} s, scoring {time.perf_counter() - calibrated:.0f} s"
-    )
     print("| method | allocation | selection | target | sparsity | perplexity | KL | agreement |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    print(f"| dense | | | | | {result.dense.perplexity:.2f} | | |")
-    for row in result.results:
-        print(
-            f"| {row.method} | {row.allocation} | {row.selection} | {row.target_sparsity:.0%} "
-            f"| {row.sparsity:.3f} | {row.perplexity:.2f} | {row.kl:.4f} "
-            f"| {row.top1_agreement:.3f} |"
+    results = []
+    for recipe in RECIPES:
+        result = evaluate(
+            loaded.model,
+            loaded.tokenizer,
+            plans(*recipe),
+            [text],
+            name=loaded.name,
+            tokens=tokens,
+            context=context,
+            dense_prefix=dense_prefix,
         )
+        if not results:
+            print(f"| dense | | | | | {result.dense.perplexity:.2f} | | |")
+        results.append(result.model_dump())
+        if json_to is not None:
+            json_to.write_text(json.dumps(results, indent=1))
+        for row in result.results:
+            print(
+                f"| {row.method} | {row.allocation} | {row.selection} "
+                f"| {row.target_sparsity:.0%} | {row.sparsity:.3f} | {row.perplexity:.2f} "
+                f"| {row.kl:.4f} | {row.top1_agreement:.3f} |",
+                flush=True,
+            )
+    print(
+        f"\n{result.model}, {result.scored_positions} positions of {text.name}, {result.dtype} on "
+        f"{result.device}, {json.dumps(result.versions)}; scoring "
+        f"{time.perf_counter() - calibrated:.0f} s"
+    )
 
 
 if __name__ == "__main__":
