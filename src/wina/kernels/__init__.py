@@ -1,5 +1,13 @@
 """Kernels: y = W (mask o x) + b, computed by whichever backend is fastest where it runs."""
 
-from wina.kernels.ops import sparse_linear
+from wina.kernels.backends import active_backend, available_backends, use_backend
+from wina.kernels.ops import sparse_gated_mlp, sparse_linear, sparse_linears
 
-__all__ = ["sparse_linear"]
+__all__ = [
+    "active_backend",
+    "available_backends",
+    "sparse_gated_mlp",
+    "sparse_linear",
+    "sparse_linears",
+    "use_backend",
+]

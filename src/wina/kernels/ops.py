@@ -1,27 +1,131 @@
-"""The kernels as torch operators: opaque to torch.compile, the same names on every device."""
+"""The kernels as torch operators: opaque to torch.compile, the same names on every device.
+
+The reference implements them for any device; a backend overrides it for its own. They compute no
+gradient (tuning has its own differentiable form of the gate).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from wina.kernels import reference
+from wina.errors import UsageError
+from wina.kernels import backends, reference
 
+NAMESPACE = "wina"
 
-@torch.library.custom_op("wina::sparse_linear", mutates_args=())
-def _sparse_linear(x: Tensor, weight: Tensor, thresholds: Tensor, bias: Tensor | None) -> Tensor:
-    return reference.sparse_linear(x, weight, thresholds, bias)
-
-
-@_sparse_linear.register_fake
-def _(x: Tensor, weight: Tensor, thresholds: Tensor, bias: Tensor | None) -> Tensor:
-    del thresholds, bias
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+# A projection without a bias is an empty tensor in `biases`; an empty list is no bias at all.
+SCHEMAS = {
+    "sparse_linear": "(Tensor x, Tensor weight, Tensor thresholds, Tensor? bias) -> Tensor",
+    "sparse_linears": (
+        "(Tensor x, Tensor[] weights, Tensor[] thresholds, Tensor[] biases) -> Tensor[]"
+    ),
+    "sparse_gated_mlp": (
+        "(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor gate_thresholds, "
+        "Tensor up_thresholds, Tensor down_thresholds, str activation, Tensor? gate_bias, "
+        "Tensor? up_bias, Tensor? down_bias) -> Tensor"
+    ),
+}
 
 
 def sparse_linear(
     x: Tensor, weight: Tensor, thresholds: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """Return W (mask o x) + b; see ``reference.sparse_linear``."""
+    """Return W drop(x) + b; shapes and dtypes as in wina.kernels.reference.
+
+    A weight whose strides are (1, out_features), stored input-major, lets a kernel skip the
+    dropped channels' memory; any other layout is computed densely on the masked input.
+    """
+    if backends.active_backend() == backends.REFERENCE:
+        return reference.sparse_linear(x, weight, thresholds, bias)
     result: Tensor = torch.ops.wina.sparse_linear(x, weight, thresholds, bias)
     return result
+
+
+def sparse_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+) -> list[Tensor]:
+    """Return ``sparse_linear`` of one x under several projections (q, k, v), in one call."""
+    if backends.active_backend() == backends.REFERENCE:
+        return reference.sparse_linears(x, weights, thresholds, biases)
+    filled = [x.new_empty(0) if bias is None else bias for bias in biases or ()]
+    results: list[Tensor] = torch.ops.wina.sparse_linears(
+        x, list(weights), list(thresholds), filled
+    )
+    return results
+
+
+def sparse_gated_mlp(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate_thresholds: Tensor,
+    up_thresholds: Tensor,
+    down_thresholds: Tensor,
+    activation: str = "silu",
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """Return down(act(gate(x)) * up(x)), each projection with its own thresholds, in one call.
+
+    Raises:
+        UsageError: the activation is not one of ``reference.ACTIVATIONS``.
+    """
+    if activation not in reference.ACTIVATIONS:
+        known = ", ".join(reference.ACTIVATIONS)
+        raise UsageError(f"unknown activation {activation!r} of a gated MLP. Known: {known}.")
+    weights = (gate, up, down)
+    thresholds = (gate_thresholds, up_thresholds, down_thresholds)
+    biases = (gate_bias, up_bias, down_bias)
+    if backends.active_backend() == backends.REFERENCE:
+        return reference.sparse_gated_mlp(x, *weights, *thresholds, activation, *biases)
+    result: Tensor = torch.ops.wina.sparse_gated_mlp(x, *weights, *thresholds, activation, *biases)
+    return result
+
+
+def _linears(
+    x: Tensor, weights: list[Tensor], thresholds: list[Tensor], biases: list[Tensor]
+) -> list[Tensor]:
+    present = [bias if bias.numel() else None for bias in biases] or None
+    return reference.sparse_linears(x, weights, thresholds, present)
+
+
+def _fake_linear(x: Tensor, weight: Tensor, thresholds: Tensor, bias: Tensor | None) -> Tensor:
+    del thresholds, bias
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _fake_linears(
+    x: Tensor, weights: list[Tensor], thresholds: list[Tensor], biases: list[Tensor]
+) -> list[Tensor]:
+    del thresholds, biases
+    return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
+
+
+def _fake_gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *rest: object) -> Tensor:
+    del gate, up, rest
+    return x.new_empty((*x.shape[:-1], down.shape[0]))
+
+
+def _define() -> None:
+    implementations: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
+        "sparse_linear": (reference.sparse_linear, _fake_linear),
+        "sparse_linears": (_linears, _fake_linears),
+        "sparse_gated_mlp": (reference.sparse_gated_mlp, _fake_gated_mlp),
+    }
+    for name, (implementation, fake) in implementations.items():
+        op = f"{NAMESPACE}::{name}"
+        torch.library.define(op, SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(op, "CompositeExplicitAutograd", implementation)
+        torch.library.register_fake(op, fake)
+
+
+_define()
+backends.load()

@@ -1,21 +1,72 @@
-"""The oracle: plain torch, on any device and dtype. Every other backend is tested against it."""
+"""The oracle: plain torch, on any device and dtype. Every other backend is tested against it.
+
+Terms used throughout: ``x`` has shape (..., in_features) and any float dtype; a ``weight`` is W,
+shape (out_features, in_features), any strides, x's dtype; ``thresholds`` is t, shape
+(in_features,), float32; a ``bias`` has shape (out_features,) and x's dtype. Channel j of a row of
+x is dropped iff |x_j| < t_j, compared in float32. NaN is not below anything, so it stays and is
+seen; a threshold of 0 drops nothing.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+}
 
-def sparse_linear(x: Tensor, weight: Tensor, thresholds: Tensor, bias: Tensor | None) -> Tensor:
-    """Return W (mask o x) + b, where channel j of a row is dropped iff |x_j| < t_j.
 
-    NaN is not below anything, so it stays and is seen; thresholds of 0 drop nothing.
+def drop(x: Tensor, thresholds: Tensor) -> Tensor:
+    """Return x with the dropped channels set to zero, shape and dtype of x."""
+    return torch.where(x.abs().float() < thresholds, 0, x)
 
-    Args:
-        x: inputs, shape (..., in_features), any float dtype.
-        weight: W, shape (out_features, in_features), any strides, x's dtype.
-        thresholds: t, shape (in_features,), float32.
-        bias: b, shape (out_features,), x's dtype, or None.
+
+def sparse_linear(
+    x: Tensor, weight: Tensor, thresholds: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Return W drop(x) + b, shape (..., out_features), in x's dtype."""
+    return functional.linear(drop(x, thresholds), weight, bias)
+
+
+def sparse_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+) -> list[Tensor]:
+    """Return ``sparse_linear`` of one x under each projection, in order."""
+    biases = [None] * len(weights) if biases is None else biases
+    return [
+        sparse_linear(x, weight, vector, bias)
+        for weight, vector, bias in zip(weights, thresholds, biases, strict=True)
+    ]
+
+
+def sparse_gated_mlp(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate_thresholds: Tensor,
+    up_thresholds: Tensor,
+    down_thresholds: Tensor,
+    activation: str = "silu",
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """Return down(act(gate(x)) * up(x)), each projection with its own thresholds.
+
+    Every intermediate result is rounded to x's dtype, as in the dense model.
     """
-    return functional.linear(torch.where(x.abs().float() < thresholds, 0, x), weight, bias)
+    hidden = ACTIVATIONS[activation](sparse_linear(x, gate, gate_thresholds, gate_bias))
+    hidden = hidden * sparse_linear(x, up, up_thresholds, up_bias)
+    return sparse_linear(hidden, down, down_thresholds, down_bias)

@@ -1,0 +1,83 @@
+"""Which implementation computes the kernels.
+
+The torch operators (see wina.kernels.ops) carry one implementation per device, chosen by torch's
+dispatcher from the tensors; where there is none, the reference serves. A backend is the code that
+adds such an implementation. A new one is one new file: a function that registers an
+implementation of the operators for its device and says whether it could, added to ``BACKENDS``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+
+from wina.errors import UsageError
+from wina.registry import Registry
+
+ENVIRONMENT = "WINA_BACKEND"
+AUTO = "auto"
+REFERENCE = "reference"
+
+# name -> load(): register the implementations; returns None, or why they cannot run here.
+BACKENDS: Registry[Callable[[], str | None]] = Registry("backend", "backends")
+BACKENDS.add(REFERENCE, lambda: None)
+
+_active = AUTO
+
+
+@cache
+def unavailable(name: str) -> str | None:
+    """Load a backend once; return None, or why it cannot run here.
+
+    Raises:
+        UsageError: no backend has that name.
+    """
+    return BACKENDS.get(name)()
+
+
+def available_backends() -> tuple[str, ...]:
+    """Return the names of the backends that run on this machine."""
+    return tuple(name for name in BACKENDS if unavailable(name) is None)
+
+
+def active_backend() -> str:
+    """Return "auto", or the name that was forced."""
+    return _active
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Compute the kernels with one backend inside the block; "auto" lets each device choose.
+
+    The choice is the process's, not the thread's. The environment variable WINA_BACKEND sets it
+    from the start.
+
+    Raises:
+        UsageError: no backend has that name, or it cannot run on this machine.
+    """
+    global _active
+    previous, _active = _active, _checked(name)
+    try:
+        yield
+    finally:
+        _active = previous
+
+
+def load() -> None:
+    """Load every backend, so that the operators have all implementations this machine can run."""
+    global _active
+    forced = _checked(os.environ.get(ENVIRONMENT) or AUTO)
+    if forced != REFERENCE:
+        available_backends()
+    _active = forced
+
+
+def _checked(name: str) -> str:
+    if name == AUTO:
+        return name
+    reason = unavailable(name)
+    if reason is not None:
+        raise UsageError(f"backend {name!r} cannot run here: {reason}")
+    return name
