@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -115,12 +114,12 @@ class SelfText:
     """Text that the model writes itself, sampled: nothing but the model is needed.
 
     Instruct models write one half of it as chats, beginning with the user's turn; everything else
-    goes on from one random token of the vocabulary.
+    goes on from one random token of the vocabulary (as in LLM-QAT, arXiv 2305.17888).
     """
 
     seed: int = 0
-    batch: int = 8
-    length: int = 512
+    batch: int = 16
+    length: int = 256
     temperature: float = 1.0
     resumable = True
 
@@ -143,29 +142,33 @@ class SelfText:
             if chat:
                 prompts = [chat] * (self.batch // 2) + prompts[self.batch // 2 :]
             seed = int(torch.randint(0, 2**31, (1,), generator=generator))
-            ids: list[int] = []
-            # Prompts of one length at a time: no padding, and no attention mask to get wrong.
-            for length in sorted({len(prompt) for prompt in prompts}):
-                rows = [prompt for prompt in prompts if len(prompt) == length]
-                ids += self._sample(model, torch.tensor(rows, device=model.device), seed)
-            yield ids
+            yield self._sample(model, [prompt[: self.length] for prompt in prompts], seed)
             first += 1
 
     @torch.no_grad()
-    def _sample(self, model: PreTrainedModel, prompts: Tensor, seed: int) -> list[int]:
-        """Return ``length`` sampled ids for each row of ``prompts``, one row after the other.
+    def _sample(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], seed: int
+    ) -> list[int]:
+        """Return ``length`` ids for each prompt, its own first, one row after the other.
 
-        A text may end before its row does; what the model writes next is text too.
+        The rows advance together, and one whose prompt is longer is given it token by token:
+        there is no padding to get wrong. A text may end before its row does; what the model
+        writes next is text too.
         """
-        generator = torch.Generator(prompts.device).manual_seed(seed)
+        given = torch.full((len(prompts), self.length), -1)
+        for row, prompt in zip(given, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+        given = given.to(model.device)
+        generator = torch.Generator(model.device).manual_seed(seed)
         cache = DynamicCache(config=model.config)
-        ids, columns = prompts, []
-        for _ in range(self.length):
-            out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            probabilities = (out.logits[:, -1].float() / self.temperature).softmax(-1)
-            ids = torch.multinomial(probabilities, 1, generator=generator)
-            columns.append(ids)
-        return [int(token) for token in torch.cat(columns, dim=1).flatten().tolist()]
+        ids = given.clone()
+        for position in range(1, self.length):
+            last = ids[:, position - 1 : position]
+            logits = model(last, past_key_values=cache, use_cache=True).logits[:, -1]
+            probabilities = (logits.float() / self.temperature).softmax(-1)
+            drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+            ids[:, position] = torch.where(given[:, position] < 0, drawn, given[:, position])
+        return [int(token) for token in ids.flatten().tolist()]
 
 
 def _user_turn(tokenizer: Tokenizer) -> list[int]:

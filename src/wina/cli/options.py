@@ -101,8 +101,11 @@ def find_plan(
 
 
 def quick_settings(loaded: LoadedModel, seed: int) -> CalibrationSettings:
-    """Return settings for a calibration on the way: small where there is no GPU."""
-    tokens = 16_384 if loaded.model.device.type == "cuda" else 4_096
+    """Return settings for a calibration on the way: small where there is no GPU.
+
+    With the held-out eighth they make whole batches of the model's own text.
+    """
+    tokens = 14_336 if loaded.model.device.type == "cuda" else 3_584
     return CalibrationSettings(tokens=tokens, seed=seed)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from wina.errors import UsageError, WinaError
+from wina.files import cache_dir, replacing_folder
 
 DEMO = "demo"
 DTYPES = {
@@ -19,6 +22,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+LARGEST_KEPT_GGUF = 256 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -61,16 +65,36 @@ def load_model(
     if gguf is not None:
         options["gguf_file"] = gguf
     torch_dtype: Any = DTYPES.get(dtype, torch.float32 if gguf else "auto")
+    converted = None if gguf is None else _converted(Path(folder) / gguf)
+    if converted is not None and converted.is_dir():
+        folder = str(converted)
+        options.pop("gguf_file")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise WinaError(f"cannot load the model {name!r}: {error}") from error
-    if gguf is not None and getattr(model, "hf_quantizer", None) is not None:
+    if "gguf_file" in options and getattr(model, "hf_quantizer", None) is not None:
         # The weights are dequantized; what is left says so only to save_pretrained.
         model.hf_quantizer.remove_quantization_config(model)
+    if converted is not None and not converted.is_dir() and torch_dtype == torch.float32:
+        with replacing_folder(converted) as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
     commit = getattr(model.config, "_commit_hash", None)
     return LoadedModel(model.eval().to(place), tokenizer, name, commit)
+
+
+def _converted(gguf: Path) -> Path | None:
+    """Return where a small GGUF file is kept as Transformers wants it; None for a large one.
+
+    Converting takes many times longer than loading. The key is the file's content.
+    """
+    if gguf.stat().st_size > LARGEST_KEPT_GGUF:
+        return None
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return cache_dir() / "models" / f"{digest[:16]}-{version('transformers')}"
 
 
 def load_config(source: str | None = None, revision: str | None = None) -> Any:
