@@ -41,9 +41,9 @@ class Phase:
         if self._forced is not None:
             self.rows = self._forced
             return
-        inputs = kwargs.get("input_ids")
-        if inputs is None:
-            inputs = kwargs.get("inputs_embeds", args[0] if args else None)
+        # Some models pass the ids by position, and inputs_embeds=None beside them.
+        candidates = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
+        inputs = next((x for x in candidates if x is not None), None)
         if inputs is None:
             self.rows = True
             return
