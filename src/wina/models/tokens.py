@@ -28,7 +28,9 @@ def start_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
     """
     bare = tokenizer("x", add_special_tokens=False)["input_ids"]
     full = tokenizer("x")["input_ids"]
-    added = full[: len(full) - len(bare)] if full[-len(bare) :] == bare else full[:1]
+    # What the tokenizer adds may follow the text too, or be part of its first token.
+    places = [i for i in range(len(full)) if full[i : i + len(bare)] == bare]
+    added = full[: places[0]] if places else full[:1]
     if added or tokenizer.bos_token_id is None:
         return list(added)
     text = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
