@@ -1,0 +1,45 @@
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tests.helpers import make_model, make_plan
+from wina.errors import WinaError
+from wina.layers import sparsify
+from wina.models import identify
+
+
+def test_where_and_how_a_model_was_loaded_does_not_matter(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    wanted = identify(model, "one")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        found = identify(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype), "other")
+        assert (found.config_hash, found.weights_hash) == (wanted.config_hash, wanted.weights_hash)
+        assert found.dtype == str(dtype).removeprefix("torch.")
+        wanted.check(found)
+
+
+def test_one_changed_weight_is_another_model(model: PreTrainedModel) -> None:
+    before = identify(model, "before")
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.mlp.down_proj").weight[3, 4] += 0.1
+    after = identify(model, "after")
+    assert after.config_hash == before.config_hash
+    assert after.weights_hash != before.weights_hash
+    with pytest.raises(WinaError, match=r"'after' is the same architecture with other weights"):
+        before.check(after)
+
+
+def test_another_architecture_says_so() -> None:
+    found = identify(make_model("mistral"), "found")
+    with pytest.raises(WinaError, match="another architecture or size"):
+        identify(make_model("qwen3"), "wanted").check(found)
+
+
+def test_being_sparse_changes_no_identity(model: PreTrainedModel) -> None:
+    before = identify(model, "x")
+    sparsify(model, make_plan(model, 0.5))
+    assert identify(model, "x") == before
