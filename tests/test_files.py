@@ -42,7 +42,8 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
             (temporary / "a").write_text("new")
             raise RuntimeError
 
-    pytest.raises(RuntimeError, fail)
+    with pytest.raises(RuntimeError):
+        fail()
     assert (path / "a").read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wina.errors import WinaError
+from wina.errors import UsageError, WinaError
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -52,11 +52,29 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
+        if path.exists():  # moved away first: deleting takes time and may be interrupted
+            path.rename(old := temporary.with_name(f"{temporary.name}.old"))
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_replaceable(path: Path, document: str) -> None:
+    """Raise UsageError if ``path`` is taken by anything but a folder of the same kind.
+
+    Args:
+        path: a folder to be written; free, empty, or an older one with ``document`` in it.
+        document: name of the JSON file that marks the kind, such as ``plan.json``.
+    """
+    taken = path.exists()
+    if path.is_dir():
+        taken = any(path.iterdir()) and not (path / document).exists()
+    if taken:
+        kind = document.removesuffix(".json")
+        raise UsageError(f"{path} exists and is not a {kind}; choose another folder")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -18,7 +18,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from wina.errors import UsageError, WinaError
-from wina.files import read_json, read_tensors, replacing_folder, write_tensors, write_text
+from wina.files import (
+    check_replaceable,
+    read_json,
+    read_tensors,
+    replacing_folder,
+    write_tensors,
+    write_text,
+)
 from wina.models import Site
 from wina.plan import ModelIdentity
 from wina.statistics import BINS, LinearStatistics
@@ -129,6 +136,7 @@ class Calibration:
     def save(self, folder: str | Path) -> Path:
         """Write the calibration's folder, whole or not at all, and return its path."""
         path = Path(folder)
+        check_replaceable(path, DOCUMENT)
         tensors: dict[str, Tensor] = {}
         for linear in self.statistics:
             name = linear.site.name

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from wina.allocation.build import versions
 from wina.calibration.artifact import (
+    DOCUMENT,
     TOKENS,
     Calibration,
     CalibrationDocument,
@@ -45,7 +46,7 @@ from wina.calibration.planning import judge
 from wina.calibration.text import SelfText, TextSource
 from wina.criteria import LinearFacts
 from wina.errors import UsageError, WinaError
-from wina.files import read_tensors, write_tensors, write_text
+from wina.files import check_replaceable, read_tensors, write_tensors, write_text
 from wina.models import Site, find_sites, identify, start_ids
 from wina.progress import bar, console, track
 
@@ -112,6 +113,8 @@ def calibrate(
         WinaError: too little text, or a model whose activations are not finite.
     """
     settings = settings or CalibrationSettings()
+    if output is not None:
+        check_replaceable(Path(output), DOCUMENT)
     source = source or SelfText(seed=settings.seed)
     sites = _sites(model)
     start = start_ids(model, tokenizer)

@@ -9,8 +9,10 @@ import typer
 
 from wina.calibration import CalibrationSettings, DatasetText, FileText, SelfText, TextSource
 from wina.calibration import calibrate as run_calibration
+from wina.calibration.artifact import DOCUMENT
 from wina.cli import options
 from wina.errors import UsageError
+from wina.files import check_replaceable
 from wina.progress import console
 
 
@@ -69,8 +71,7 @@ def calibrate(
         source = DatasetText(dataset)
     else:
         source = SelfText(seed=seed)
-    if output.exists() and not (output / "calibration.json").exists():
-        raise UsageError(f"{output} exists and is not a calibration; choose another folder")
+    check_replaceable(output, DOCUMENT)
     loaded = options.load(model, dtype, device, revision, trust_remote_code)
     calibration = run_calibration(
         loaded.model,

@@ -10,7 +10,9 @@ import typer
 from wina.calibration import Calibration, make_plan
 from wina.cli import options
 from wina.errors import UsageError
+from wina.files import check_replaceable
 from wina.models import identify
+from wina.plan.plan import DOCUMENT
 from wina.progress import console
 
 
@@ -45,6 +47,7 @@ def plan(
     if model is None and (refine or allocation == "greedy"):
         what = "--refine" if refine else "--allocation greedy"
         raise UsageError(f"{what} needs the model itself: add --model MODEL")
+    check_replaceable(output, DOCUMENT)
     found = Calibration.load(calibration)
     loaded = None
     if model is not None:

@@ -16,8 +16,15 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from wina.errors import UsageError, WinaError
-from wina.files import read_json, read_tensors, replacing_folder, write_tensors, write_text
+from wina.errors import WinaError
+from wina.files import (
+    check_replaceable,
+    read_json,
+    read_tensors,
+    replacing_folder,
+    write_tensors,
+    write_text,
+)
 from wina.plan.card import model_card
 from wina.plan.identity import ModelIdentity
 from wina.selection import Selection
@@ -113,8 +120,7 @@ class Plan:
     def save(self, folder: str | Path) -> Path:
         """Write the plan's folder, whole or not at all, and return its path."""
         path = Path(folder)
-        if path.exists() and not (path / DOCUMENT).exists() and any(path.iterdir()):
-            raise UsageError(f"{path} exists and is not a plan; choose another folder")
+        check_replaceable(path, DOCUMENT)
         with replacing_folder(path) as temporary:
             write_tensors(temporary / VECTORS, self.vectors, {"format": "pt"})
             write_text(temporary / DOCUMENT, self.document.model_dump_json(indent=1))
