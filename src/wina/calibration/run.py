@@ -50,7 +50,7 @@ from wina.files import check_replaceable, read_tensors, write_tensors, write_tex
 from wina.models import Site, find_sites, identify, start_ids
 from wina.progress import bar, console, track
 
-PROGRESS, SETTINGS = "progress.safetensors", "settings.json"
+PROGRESS, SETTINGS, MARKER = "progress.safetensors", "settings.json", "tokens.json"
 SECONDS = 5.0  # between two saves of the sums
 LEAST_TOKENS = 512
 
@@ -205,10 +205,13 @@ def _workplace(output: str | Path | None, fingerprint: str) -> Iterator[Path]:
     target = Path(output)
     folder = target.with_name(target.name + ".partial")
     settings = folder / SETTINGS
-    if settings.exists() and settings.read_text(encoding="utf-8") != fingerprint:
-        console.print(f"[dim]{folder} is of other settings; starting over[/dim]")
-        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    # Without settings it is what was left of a folder while it was deleted.
+    if not settings.exists() or settings.read_text(encoding="utf-8") != fingerprint:
+        if settings.exists():
+            console.print(f"[dim]{folder} is of other settings; starting over[/dim]")
+        for name in (PROGRESS, MARKER, TOKENS):
+            (folder / name).unlink(missing_ok=True)
     write_text(settings, fingerprint)
     yield folder
     shutil.rmtree(folder)
@@ -224,7 +227,7 @@ def _tokens(
 ) -> tuple[NDArray[np.uint32], int]:
     """Return the token file of a folder, written as far as the text goes, and its length."""
     wanted = settings.tokens + settings.held_out
-    path, marker = folder / TOKENS, folder / "tokens.json"
+    path, marker = folder / TOKENS, folder / MARKER
     done = {"pieces": 0, "tokens": 0, "complete": False}
     if path.exists() and marker.exists():
         done = json.loads(marker.read_text())
