@@ -71,9 +71,15 @@ def load_model(
         options.pop("gguf_file")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch_dtype, output_loading_info=True, **options
+        )
+    except Exception as error:  # damaged files and code of others may raise anything
         raise WinaError(f"cannot load the model {name!r}: {error}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise WinaError(f"{name!r} lacks {len(missing)} of its weights, such as {missing[0]}")
+    if not tokenizer("x")["input_ids"]:
+        raise WinaError(f"{name!r} has no tokenizer")
     if "gguf_file" in options and getattr(model, "hf_quantizer", None) is not None:
         # The weights are dequantized; what is left says so only to save_pretrained.
         model.hf_quantizer.remove_quantization_config(model)
@@ -103,7 +109,7 @@ def load_config(source: str | None = None, revision: str | None = None) -> Any:
     try:
         options = {"gguf_file": gguf} if gguf else {}
         return AutoConfig.from_pretrained(folder, revision=revision, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:
         raise WinaError(f"cannot load the config of {name!r}: {error}") from error
 
 
@@ -115,8 +121,11 @@ def resolve_device(device: str) -> torch.device:
         place = torch.device(device)
     except RuntimeError as error:
         raise UsageError(f"unknown device {device!r}; examples: cpu, cuda, cuda:1, mps") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device 'cuda' was asked for, and torch sees no CUDA device here")
+    try:
+        torch.zeros(1, device=place).item()
+    except (RuntimeError, AssertionError) as error:  # torch's way to say "not compiled with"
+        reason = str(error).partition(". ")[0]
+        raise UsageError(f"torch cannot use the device {device!r} here: {reason}") from error
     return place
 
 
