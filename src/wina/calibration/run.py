@@ -127,13 +127,12 @@ def calibrate(
             "start": start,
         }
     )
+    _window(model, settings, start, settings.held_out)
     with _workplace(output, fingerprint) as folder:
         tokens, count = _tokens(model, tokenizer, source, start, settings, folder)
         held_out = min(settings.held_out, max(count - settings.tokens, count // 8))
         calibration_tokens = min(settings.tokens, count - held_out)
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        context = min(settings.context, limit or settings.context)
-        window = min(context - len(start), held_out)
+        window = _window(model, settings, start, held_out)
         offsets = range(0, calibration_tokens - window + 1, window)
         state = _State.load(folder, model.device)
         norms = column_norms(model, sites)
@@ -193,6 +192,22 @@ def _sites(model: PreTrainedModel) -> list[Site]:
         return find_sites(model, include_head=True)
     except UsageError:
         return find_sites(model)
+
+
+def _window(
+    model: PreTrainedModel, settings: CalibrationSettings, start: list[int], held_out: int
+) -> int:
+    """Return the tokens of a window; raise UsageError if the dense prefix leaves none to count."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = min(settings.context, limit or settings.context)
+    window = min(context - len(start), held_out)
+    # The last position has no next token.
+    if len(start) + window <= settings.dense_prefix + 1:
+        raise UsageError(
+            f"a dense prefix of {settings.dense_prefix} leaves nothing to count of windows of "
+            f"{len(start) + window} positions"
+        )
+    return window
 
 
 @contextmanager

@@ -54,8 +54,7 @@ class FileText:
 
     def __post_init__(self) -> None:
         for path in self.paths:
-            if not path.is_file():
-                raise UsageError(f"there is no text file {str(path)!r}")
+            check_text(path)
 
     def describe(self) -> str:
         """Return the files' names and contents' hashes."""
@@ -183,33 +182,37 @@ def _user_turn(tokenizer: Tokenizer) -> list[int]:
     return list(tokenizer(head, add_special_tokens=False)["input_ids"])
 
 
-def read_text(path: Path) -> str:
-    """Return a text file's content.
-
-    Raises:
-        UsageError: it does not exist, or is not UTF-8.
-    """
+def check_text(path: Path) -> None:
+    """Raise UsageError unless a file exists, is UTF-8 and holds some text; reads all of it."""
     if not path.is_file():
         raise UsageError(f"there is no text file {str(path)!r}")
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            blank = True
+            while chunk := file.read(PIECE):
+                blank = blank and not chunk.strip()
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text ({error.reason}); convert it first") from error
+    if blank:
+        raise UsageError(f"the text file {str(path)!r} is empty")
+
+
+def read_text(path: Path) -> str:
+    """Return a text file's content; raise UsageError as ``check_text`` does."""
+    check_text(path)
+    return path.read_text(encoding="utf-8")
 
 
 def _read_pieces(path: Path) -> Iterator[str]:
     rest = ""
-    try:
-        with path.open(encoding="utf-8") as file:
-            while chunk := file.read(PIECE):
-                head, newline, tail = (rest + chunk).rpartition("\n")
-                if newline:
-                    yield head + newline
-                rest = tail
-                if len(rest) > 4 * PIECE:  # a text without lines
-                    yield rest
-                    rest = ""
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text ({error.reason}); convert it first") from error
+    with path.open(encoding="utf-8") as file:
+        while chunk := file.read(PIECE):
+            head, newline, tail = (rest + chunk).rpartition("\n")
+            if newline:
+                yield head + newline
+            rest = tail
+            if len(rest) > 4 * PIECE:  # a text without lines
+                yield rest
+                rest = ""
     if rest:
         yield rest

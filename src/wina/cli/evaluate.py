@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from wina.calibration.text import check_text
 from wina.cli import options
 from wina.errors import UsageError
 from wina.evaluation import Evaluation
@@ -56,6 +57,8 @@ def evaluate(
     """
     if not text:
         raise UsageError("name a text to score: --text FILE")
+    for path in text:
+        check_text(path)
     targets = _numbers(sweep) if sweep is not None else [sparsity]
     methods = method.split(",")
     for one in methods:
