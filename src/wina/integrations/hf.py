@@ -8,15 +8,17 @@ builds the sparse layers and loads their vectors from the same safetensors files
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from wina.errors import UsageError
+from wina.errors import UsageError, WinaError
 from wina.files import validate
 from wina.layers import Phase, sparse_layers
 from wina.layers.linear import make_sparse, refresh
@@ -45,20 +47,24 @@ class WinaQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = True
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, **_kwargs: Any
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_kwargs: Any
     ) -> PreTrainedModel:
         document = self.quantization_config.document
+        vector_name = "thresholds" if document.selection == "threshold" else "scales"
+        modules = check_linears(model, document)
+        _check_vectors(checkpoint_files or (), vector_name, len(document.linears))
         phase = Phase(document.prefill, document.dense_prefix)
-        for name, module in check_linears(model, document).items():
+        for name, module in modules.items():
             linear = document.linears[name]
             device = module.get_parameter("weight").device
             vector = torch.empty(linear.in_features, dtype=torch.float32, device=device)
-            make_sparse(module, vector, document.selection, linear.keep, phase)
+            bias = torch.empty(linear.out_features, device=device) if linear.bias else None
+            make_sparse(module, vector, document.selection, linear.keep, phase, bias)
         attach_phase(model, phase)
         # Vectors stay float32 whatever dtype the weights are loaded in.
         model._keep_in_fp32_modules_strict = {
             *(model._keep_in_fp32_modules_strict or ()),
-            "thresholds" if document.selection == "threshold" else "scales",
+            vector_name,
         }
         return model
 
@@ -89,6 +95,23 @@ class WinaQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """Sparse layers work under torch.compile."""
         return True
+
+
+def _check_vectors(checkpoint_files: Sequence[str], vector_name: str, wanted: int) -> None:
+    """Raise WinaError if safetensors files lack vectors: Transformers would make them up.
+
+    They are counted, since Transformers may rename what it loads.
+    """
+    files = [file for file in checkpoint_files if str(file).endswith(".safetensors")]
+    found = 0
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            found += sum(key.endswith(f".{vector_name}") for key in opened.keys())  # noqa: SIM118
+    if files and found != wanted:
+        raise WinaError(
+            f"the checkpoint holds {found} '.{vector_name}' vectors and its plan {wanted} linears; "
+            "save the sparse model again"
+        )
 
 
 def register() -> None:
