@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,6 +75,36 @@ def check_replaceable(path: Path, document: str) -> None:
     if taken:
         kind = document.removesuffix(".json")
         raise UsageError(f"{path} exists and is not a {kind}; choose another folder")
+
+
+@contextmanager
+def work_folder(
+    output: str | Path | None, fingerprint: str, names: Sequence[str]
+) -> Iterator[Path]:
+    """Yield a folder for work in progress beside its output; it goes when the block succeeds.
+
+    After a failure or a kill it stays, and work with the same fingerprint finds it again.
+
+    Args:
+        output: what is being made; None works in a temporary folder.
+        fingerprint: text of all settings; files of other settings are removed first.
+        names: the files that the work keeps there; nothing else is ever removed.
+    """
+    if output is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary)
+        return
+    target = Path(output)
+    folder = target.with_name(target.name + ".partial")
+    settings = folder / "settings.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    # Without settings it is what was left of a folder while it was deleted.
+    if not settings.exists() or settings.read_text(encoding="utf-8") != fingerprint:
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+    write_text(settings, fingerprint)
+    yield folder
+    shutil.rmtree(folder)
 
 
 def write_text(path: Path, text: str) -> None:

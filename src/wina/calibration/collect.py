@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -97,7 +99,8 @@ def gradient_checkpointed(model: PreTrainedModel) -> Iterator[None]:
     """Freeze the parameters and checkpoint the blocks; restore everything at the end.
 
     Transformers checkpoints a block only in training mode, so the blocks alone, not what is in
-    them, are put into it: dropout stays off.
+    them, are put into it: dropout stays off. The blocks' own switch is used, since
+    ``gradient_checkpointing_disable`` leaves hooks behind.
     """
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     layers = [x for x in blocks(model)[1] if isinstance(x, GradientCheckpointingLayer)]
@@ -105,23 +108,22 @@ def gradient_checkpointed(model: PreTrainedModel) -> Iterator[None]:
     handle = embeddings.register_forward_hook(lambda _m, _a, out: out.requires_grad_())
     for parameter in frozen:
         parameter.requires_grad_(False)
-    # Transformers 5.23 renamed these.
-    enable, disable = (
-        getattr(model, f"activation_{what}", None) or getattr(model, f"gradient_{what}")
-        for what in ("checkpointing_enable", "checkpointing_disable")
-    )
-    if model.supports_gradient_checkpointing:
-        enable({"use_reentrant": False})
-        for layer in layers:
-            layer.training = True
+    switch = {
+        "training": True,
+        "gradient_checkpointing": True,
+        "_gradient_checkpointing_func": partial(checkpoint, use_reentrant=False),
+    }
+    before = [vars(layer).copy() for layer in layers]
+    for layer in layers:
+        vars(layer).update(switch)
     try:
         yield
     finally:
         handle.remove()
-        for layer in layers:
-            layer.training = False
-        if model.supports_gradient_checkpointing:
-            disable()
+        for layer, attributes in zip(layers, before, strict=True):
+            for name in switch:
+                del vars(layer)[name]
+            vars(layer).update({name: attributes[name] for name in switch if name in attributes})
         for parameter in frozen:
             parameter.requires_grad_(True)
 

@@ -129,7 +129,7 @@ def _refined(
 ) -> Plan:
     """Meet the target on held-out text; the plan's document then says what was realized."""
     target = aim = plan.document.target_sparsity
-    realized = _realized(calibration, model, plan)
+    realized = realized_sparsity(calibration, model, plan).sparsity
     best = plan, realized
     for round_number in range(ROUNDS):
         if abs(realized - target) <= TOLERANCE or plan.document.selection == "topk":
@@ -138,7 +138,7 @@ def _refined(
         if round_number > 0:
             aim = min(max(aim + target - realized, 0.0), 0.999)
         plan = plan_from(statistics, aim)
-        realized = _realized(calibration, model, plan)
+        realized = realized_sparsity(calibration, model, plan).sparsity
         if abs(realized - target) < abs(best[1] - target):
             best = plan, realized
     plan, realized = best
@@ -146,7 +146,10 @@ def _refined(
 
 
 @torch.no_grad()
-def _realized(calibration: Calibration, model: PreTrainedModel, plan: Plan) -> float:
+def realized_sparsity(
+    calibration: Calibration, model: PreTrainedModel, plan: Plan
+) -> SparsityCounter:
+    """Return what a plan drops on held-out text."""
     windows = calibration.windows(held_out=True)
     head = plan.document.include_head
     with (
@@ -155,7 +158,7 @@ def _realized(calibration: Calibration, model: PreTrainedModel, plan: Plan) -> f
     ):
         for ids in track(windows, "measuring sparsity", len(windows)):
             run_body(model, ids.to(model.device), head)
-    return counter.sparsity
+    return counter
 
 
 def _recollected(

@@ -8,11 +8,8 @@ it was, adds the same windows in the same order, and so gives the same numbers.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,11 +43,11 @@ from wina.calibration.planning import judge
 from wina.calibration.text import SelfText, TextSource
 from wina.criteria import LinearFacts
 from wina.errors import UsageError, WinaError
-from wina.files import check_replaceable, read_tensors, write_tensors, write_text
+from wina.files import check_replaceable, read_tensors, work_folder, write_tensors, write_text
 from wina.models import Site, find_sites, identify, start_ids
 from wina.progress import bar, console, track
 
-PROGRESS, SETTINGS, MARKER = "progress.safetensors", "settings.json", "tokens.json"
+PROGRESS, MARKER = "progress.safetensors", "tokens.json"
 SECONDS = 5.0  # between two saves of the sums
 LEAST_TOKENS = 512
 
@@ -128,7 +125,7 @@ def calibrate(
         }
     )
     _window(model, settings, start, settings.held_out)
-    with _workplace(output, fingerprint) as folder:
+    with work_folder(output, fingerprint, (PROGRESS, MARKER, TOKENS)) as folder:
         tokens, count = _tokens(model, tokenizer, source, start, settings, folder)
         held_out = min(settings.held_out, max(count - settings.tokens, count // 8))
         calibration_tokens = min(settings.tokens, count - held_out)
@@ -208,28 +205,6 @@ def _window(
             f"{len(start) + window} positions"
         )
     return window
-
-
-@contextmanager
-def _workplace(output: str | Path | None, fingerprint: str) -> Iterator[Path]:
-    """Yield the folder of work in progress; it goes when the block succeeds, and stays else."""
-    if output is None:
-        with tempfile.TemporaryDirectory() as temporary:
-            yield Path(temporary)
-        return
-    target = Path(output)
-    folder = target.with_name(target.name + ".partial")
-    settings = folder / SETTINGS
-    folder.mkdir(parents=True, exist_ok=True)
-    # Without settings it is what was left of a folder while it was deleted.
-    if not settings.exists() or settings.read_text(encoding="utf-8") != fingerprint:
-        if settings.exists():
-            console.print(f"[dim]{folder} is of other settings; starting over[/dim]")
-        for name in (PROGRESS, MARKER, TOKENS):
-            (folder / name).unlink(missing_ok=True)
-    write_text(settings, fingerprint)
-    yield folder
-    shutil.rmtree(folder)
 
 
 def _tokens(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import typer
 from transformers.utils import logging as transformers_logging
 
-from wina.cli import calibrate, chat, evaluate, inspect, plan, run
+from wina.cli import calibrate, chat, evaluate, inspect, plan, run, tune
 from wina.errors import UsageError, WinaError
 from wina.progress import console
 
@@ -28,6 +28,7 @@ app.command("run")(run.run)
 app.command("chat")(chat.chat)
 app.command("calibrate")(calibrate.calibrate)
 app.command("plan")(plan.plan)
+app.command("tune")(tune.tune)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 

@@ -1,15 +1,15 @@
 """The sparse form of each kind of linear layer.
 
 A sparse layer is the original module with another class: the same object, parameters, names,
-hooks and memory, plus one float32 buffer. (torch.nn.utils.parametrize changes classes in the same
-way.) That is why a sparsified model saves under its original parameter names, and why making it
-dense again restores it exactly.
+hooks and memory, plus one float32 buffer, and one for the bias that a tuned plan adds.
+(torch.nn.utils.parametrize changes classes in the same way.) That is why a sparsified model saves
+under its original parameter names, and why making it dense again restores it exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Callable, Iterator
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ class SparseLayer(nn.Module):
         keep: channels kept of each token with top-k, else None.
         phase: which positions are sparse, shared over the model.
         active: False when the vector drops nothing, so that 0 % sparsity is bit-equal to dense.
+        sparse_bias: added to the output on sparse positions, shape (out_features,), the weight's
+            dtype; or None.
     """
 
     dense_class: ClassVar[type[nn.Module]]
@@ -36,6 +38,7 @@ class SparseLayer(nn.Module):
     keep: int | None
     phase: Phase
     active: bool
+    sparse_bias: Tensor | None
 
     @property
     def vector_name(self) -> str:
@@ -63,11 +66,28 @@ class SparseLayer(nn.Module):
         if rows is False or not self.active:
             return super().forward(x)  # type: ignore[no-any-return]
         if rows is True and self.keep is None:
-            return sparse_linear(x, matrix(self), self.vector, self._parameters["bias"])
+            return sparse_linear(x, matrix(self), self.vector, self._decode_bias())
         mask = self.mask(x)
         if isinstance(rows, Tensor):
             mask = mask | ~align(rows, x)
-        return super().forward(torch.where(mask, x, 0))  # type: ignore[no-any-return]
+        y: Tensor = super().forward(torch.where(mask, x, 0))
+        if self.sparse_bias is None:
+            return y
+        return y + self.sparse_bias * (align(rows, x) if isinstance(rows, Tensor) else 1)
+
+    def _decode_bias(self) -> Tensor | None:
+        own = self._parameters["bias"]
+        if self.sparse_bias is None or own is None:
+            return own if self.sparse_bias is None else self.sparse_bias
+        return own + self.sparse_bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the vector with the module, but never change its dtype."""
+        before = self.vector
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.vector.dtype != before.dtype:
+            self._buffers[self.vector_name] = before.to(self.vector.device)
+        return self
 
 
 def align(rows: Tensor, x: Tensor) -> Tensor:
@@ -117,7 +137,12 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def make_sparse(
-    module: nn.Module, vector: Tensor, selection: Selection, keep: int | None, phase: Phase
+    module: nn.Module,
+    vector: Tensor,
+    selection: Selection,
+    keep: int | None,
+    phase: Phase,
+    sparse_bias: Tensor | None = None,
 ) -> None:
     """Turn a linear layer into its sparse form, in place.
 
@@ -127,6 +152,7 @@ def make_sparse(
         selection: how channels are chosen.
         keep: with top-k, the channels kept of each token.
         phase: shared over the model.
+        sparse_bias: added to the output on sparse positions, shape (out_features,), or None.
 
     Raises:
         UsageError: wina has no sparse form of the module's class.
@@ -138,12 +164,15 @@ def make_sparse(
     assert isinstance(module, SparseLayer)
     module.selection, module.keep, module.phase = selection, keep, phase
     module.register_buffer(module.vector_name, vector)
+    if sparse_bias is not None:
+        sparse_bias = sparse_bias.to(module.get_parameter("weight").dtype)
+    module.register_buffer("sparse_bias", sparse_bias)
     refresh(module)
 
 
 def refresh(module: SparseLayer) -> None:
     """Set ``active`` from the vector; call it after the vector was loaded or changed."""
-    if module.vector.is_meta:
+    if module.vector.is_meta or module.sparse_bias is not None:
         module.active = True
     elif module.keep is None:
         module.active = bool((module.vector > 0).any())
@@ -154,6 +183,7 @@ def refresh(module: SparseLayer) -> None:
 def make_dense(module: SparseLayer) -> None:
     """Turn a sparse layer back into what it was, in place."""
     delattr(module, module.vector_name)
+    del module.sparse_bias
     for name in ("selection", "keep", "phase", "active"):
         delattr(module, name)
     module.__class__ = module.dense_class  # type: ignore[assignment]

@@ -56,7 +56,8 @@ def sparsify(model: nn.Module, plan: Plan) -> Phase:
     for name, module in modules.items():
         device = next(module.parameters()).device
         vector = plan.vectors[name].to(device, copy=True)
-        make_sparse(module, vector, document.selection, document.linears[name].keep, phase)
+        bias = plan.biases[name].to(device, copy=True) if name in plan.biases else None
+        make_sparse(module, vector, document.selection, document.linears[name].keep, phase, bias)
     attach_phase(model, phase)
     return phase
 

@@ -6,7 +6,7 @@ vector for each linear) and a model card. Nothing of the base model's weights is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +31,7 @@ from wina.selection import Selection
 
 SCHEMA_VERSION: Literal[1] = 1
 DOCUMENT, VECTORS, CARD = "plan.json", "plan.safetensors", "README.md"
+BIAS = ".bias"  # after a linear's name in the file
 
 
 class PlannedLinear(BaseModel):
@@ -41,6 +42,7 @@ class PlannedLinear(BaseModel):
         block: index of its decoder block; None outside the blocks (lm_head).
         sparsity: the share of input channels this linear is expected to drop.
         keep: channels kept of each token; only with top-k selection.
+        bias: whether a bias is added to its output on sparse positions (tuned plans).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,6 +53,7 @@ class PlannedLinear(BaseModel):
     out_features: int = Field(gt=0)
     sparsity: float = Field(ge=0, le=1)
     keep: int | None = Field(default=None, ge=0)
+    bias: bool = False
 
 
 class PlanDocument(BaseModel):
@@ -86,10 +89,13 @@ class Plan:
     """A document and one float32 vector of shape (in_features,) for each of its linears.
 
     The vector holds the thresholds t_j with threshold selection, and the scales s_j with top-k.
+    ``biases`` holds, for linears that have one, the float32 vector of shape (out_features,) that
+    is added to the output on sparse positions.
     """
 
     document: PlanDocument
     vectors: dict[str, Tensor]
+    biases: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         linears = self.document.linears
@@ -104,6 +110,10 @@ class Plan:
                 )
             if bool((vector < 0).any() | vector.isnan().any()):
                 raise WinaError(f"the plan's vector for {name} holds negative numbers or NaN")
+            if linear.bias != (name in self.biases):
+                raise WinaError(f"the plan's biases and its document disagree on {name}")
+            if linear.bias and self.biases[name].shape != (linear.out_features,):
+                raise WinaError(f"the plan's bias for {name} has a wrong shape")
             if (linear.keep is None) != (self.document.selection == "threshold"):
                 raise WinaError(f"the plan's 'keep' for {name} does not fit its selection")
             if linear.keep is not None and linear.keep > linear.in_features:
@@ -122,7 +132,8 @@ class Plan:
         path = Path(folder)
         check_replaceable(path, DOCUMENT)
         with replacing_folder(path) as temporary:
-            write_tensors(temporary / VECTORS, self.vectors, {"format": "pt"})
+            biases = {f"{name}{BIAS}": bias for name, bias in self.biases.items()}
+            write_tensors(temporary / VECTORS, {**self.vectors, **biases}, {"format": "pt"})
             write_text(temporary / DOCUMENT, self.document.model_dump_json(indent=1))
             write_text(temporary / CARD, model_card(self.document, self.sparsity))
         return path
@@ -138,8 +149,13 @@ class Plan:
         if not folder.is_dir():
             folder = _download(str(source), revision)
         document = read_json(folder / DOCUMENT, PlanDocument)
-        vectors, _ = read_tensors(folder / VECTORS)
-        return cls(document, vectors)
+        tensors, _ = read_tensors(folder / VECTORS)
+        biases = {
+            name: tensors.pop(f"{name}{BIAS}")
+            for name, linear in document.linears.items()
+            if linear.bias and f"{name}{BIAS}" in tensors
+        }
+        return cls(document, tensors, biases)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the plan as a model repository of its own and return its address."""

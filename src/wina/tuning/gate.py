@@ -1,0 +1,68 @@
+"""The straight-through gate: hard forward, soft backward.
+
+Forward keeps channel j of a row iff |x_j| >= t_j. Backward treats the gate as sigmoid(z / T),
+z = log|x_j| - log t_j, for the thresholds' gradient only (Bengio et al., 2013, arXiv 1308.3432);
+x gets the gradient of the channels that stayed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wina.layers.linear import align
+
+TINY = 1e-30
+
+
+@dataclass
+class GateState:
+    """What all gates of one forward and backward pass share.
+
+    Attributes:
+        rows: which positions are sparse, shape (positions,), bool.
+        temperature: width of the soft gate in units of log|x|.
+        dropped: number of dropped channels by linear, shape (linears,), float32; added to in
+            backward.
+        density: d(number of dropped channels)/d(log t_j), flat over all linears; added to in
+            backward.
+    """
+
+    rows: Tensor
+    temperature: float
+    dropped: Tensor
+    density: Tensor
+
+
+class StraightThrough(torch.autograd.Function):
+    """x, log t -> x with dropped channels zero, on sparse rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, log_t: Tensor, state: GateState, index: int, first: int
+    ) -> Tensor:
+        """Return the gated input; ``index`` is the linear's, ``first`` its first flat channel."""
+        ctx.save_for_backward(x, log_t)
+        ctx.state, ctx.index, ctx.first = state, index, first
+        below = x.abs().float() < log_t.exp()
+        return x.masked_fill(below & align(state.rows, x), 0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        """Return the gradients of x and of log t, and count into the state."""
+        x, log_t = ctx.saved_tensors
+        (gradient,) = gradients
+        state: GateState = ctx.state
+        rows = align(state.rows, x)
+        magnitudes = x.abs().float()
+        below = (magnitudes < log_t.exp()) & rows
+        soft = torch.sigmoid(((magnitudes + TINY).log() - log_t) / state.temperature)
+        slope = soft * (1 - soft) / state.temperature * rows
+        dimensions = tuple(range(x.dim() - 1))
+        state.dropped[ctx.index] += below.sum()
+        state.density[ctx.first : ctx.first + len(log_t)] += slope.sum(dimensions)
+        for_log_t = -(x.float() * gradient.float() * slope).sum(dimensions)
+        return gradient.masked_fill(below, 0), for_log_t, None, None, None
