@@ -28,7 +28,7 @@ DEATHS = {
     "before the verdict": Death(RUN, "judge", 0),
     "before the result is written": Death("wina.calibration.artifact:Calibration", "save", 0),
     "while the result is written": Death("wina.calibration.artifact", "write_text", 0),
-    "before the work in progress goes": Death("wina.calibration.run:shutil", "rmtree", 0),
+    "before the work in progress goes": Death("wina.files:shutil", "rmtree", 0),
 }
 
 
@@ -117,13 +117,10 @@ def test_work_is_taken_up_not_done_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert calls == {"add_gradients": 0, "add_scores": len(windows) - 5}
 
 
-def test_other_settings_start_over(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], uninterrupted: Calibration
-) -> None:
+def test_other_settings_start_over(tmp_path: Path, uninterrupted: Calibration) -> None:
     output = tmp_path / "calibration"
     assert kill(output, None, Death(RUN, "add_scores", 5)) == -signal.SIGKILL
     changed = calibrated(output, None, dense_prefix=9)
-    assert "other settings" in capsys.readouterr().err
     assert_identical(changed, calibrated(None, None, dense_prefix=9))
     assert changed.document != uninterrupted.document
 
@@ -132,7 +129,7 @@ def test_other_settings_start_over(
 def test_what_a_deletion_left_behind_is_not_taken_up(tmp_path: Path, tokens: int) -> None:
     output = tmp_path / "calibration"
     assert kill(output, None, Death(RUN, "add_scores", 5)) == -signal.SIGKILL
-    (tmp_path / "calibration.partial" / run.SETTINGS).unlink()
+    (tmp_path / "calibration.partial" / "settings.json").unlink()
     assert_identical(calibrated(output, None, tokens=tokens), calibrated(None, None, tokens=tokens))
 
 
