@@ -8,6 +8,7 @@ it was, adds the same windows in the same order, and so gives the same numbers.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -44,6 +45,7 @@ from wina.calibration.text import SelfText, TextSource
 from wina.criteria import LinearFacts
 from wina.errors import UsageError, WinaError
 from wina.files import check_replaceable, read_tensors, work_folder, write_tensors, write_text
+from wina.layers import phase_of
 from wina.models import Site, find_sites, identify, start_ids
 from wina.progress import bar, console, track
 
@@ -59,6 +61,8 @@ class CalibrationSettings:
     Attributes:
         tokens: of calibration text; an eighth more (at most 8,192) is held out after them.
         context: positions of a window.
+        statistics_tokens: at most so many of the tokens, evenly spread, are read for gradients
+            and scores; more text than that is of use to tuning.
         dense_prefix: first positions of a window that are not counted.
         seed: of the model's own text.
         gradient: collect gradients too (criterion loss and allocation global need them).
@@ -67,6 +71,7 @@ class CalibrationSettings:
 
     tokens: int = 16_384
     context: int = 2_048
+    statistics_tokens: int = 65_536
     dense_prefix: int = 20
     seed: int = 0
     gradient: bool = True
@@ -110,6 +115,11 @@ def calibrate(
         WinaError: too little text, or a model whose activations are not finite.
     """
     settings = settings or CalibrationSettings()
+    if model.training or phase_of(model) is not None:
+        raise UsageError(
+            "calibration needs the dense model in evaluation mode: call wina.densify(model) and "
+            "model.eval() first"
+        )
     if output is not None:
         check_replaceable(Path(output), DOCUMENT)
     source = source or SelfText(seed=settings.seed)
@@ -130,7 +140,8 @@ def calibrate(
         held_out = min(settings.held_out, max(count - settings.tokens, count // 8))
         calibration_tokens = min(settings.tokens, count - held_out)
         window = _window(model, settings, start, held_out)
-        offsets = range(0, calibration_tokens - window + 1, window)
+        stride = window * math.ceil(calibration_tokens / settings.statistics_tokens)
+        offsets = range(0, calibration_tokens - window + 1, stride)
         state = _State.load(folder, model.device)
         norms = column_norms(model, sites)
 

@@ -92,6 +92,8 @@ def text_windows(
     Raises:
         UsageError: not UTF-8, too little text, or a context that the model cannot hold.
     """
+    if tokens < 1 or dense_prefix < 0:
+        raise UsageError("tokens must be at least 1, and the dense prefix not negative")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and context > limit:
         raise UsageError(f"the model's context is {limit} positions, {context} were asked for")
