@@ -48,6 +48,9 @@ def main(
     device: str = "auto",
     dtype: str = "float32",
     only: Annotated[str, typer.Option(help="Sparsities, separated by commas.")] = "",
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="method/allocation/selection; all if omitted.")
+    ] = None,
     json_to: Annotated[Path | None, typer.Option("--json")] = None,
     calibration_to: Annotated[Path | None, typer.Option(help="Keep the calibration.")] = None,
 ) -> None:
@@ -88,11 +91,13 @@ def main(
     print("| method | allocation | selection | target | sparsity | perplexity | KL | agreement |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     results = []
-    for recipe in RECIPES:
+    for row_recipe in RECIPES:
+        if recipe and "/".join(row_recipe) not in recipe:
+            continue
         result = evaluate(
             loaded.model,
             loaded.tokenizer,
-            plans(*recipe),
+            plans(*row_recipe),
             [text],
             name=loaded.name,
             tokens=tokens,

@@ -8,7 +8,7 @@ target sparsity without the model.
 from wina.calibration.artifact import Calibration, CalibrationDocument, Verdict
 from wina.calibration.planning import make_plan
 from wina.calibration.run import CalibrationSettings, calibrate
-from wina.calibration.text import DatasetText, FileText, SelfText, TextSource
+from wina.calibration.text import DatasetText, FileText, MixedText, SelfText, TextSource
 
 __all__ = [
     "Calibration",
@@ -16,6 +16,7 @@ __all__ = [
     "CalibrationSettings",
     "DatasetText",
     "FileText",
+    "MixedText",
     "SelfText",
     "TextSource",
     "Verdict",

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Protocol
 
@@ -168,6 +169,39 @@ class SelfText:
             drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
             ids[:, position] = torch.where(given[:, position] < 0, drawn, given[:, position])
         return [int(token) for token in ids.flatten().tolist()]
+
+
+@dataclass(frozen=True)
+class MixedText:
+    """Several sources in turn, ``turn`` tokens of each, until all have ended.
+
+    A plan that is tuned on one kind of text fits that kind; a model's own text beside it keeps
+    the plan good elsewhere.
+    """
+
+    sources: tuple[TextSource, ...]
+    turn: int = 2_048
+    resumable = False
+
+    def describe(self) -> str:
+        """Return what identifies the sources."""
+        return "; ".join(source.describe() for source in self.sources)
+
+    def pieces(
+        self, model: PreTrainedModel, tokenizer: Tokenizer, start: list[int], first: int
+    ) -> Iterator[Sequence[int]]:
+        """Yield ``turn`` ids of one source, then of the next."""
+        del first
+        streams = [
+            chain.from_iterable(source.pieces(model, tokenizer, start, 0))
+            for source in self.sources
+        ]
+        while streams:
+            for stream in list(streams):
+                ids = list(islice(stream, self.turn))
+                if len(ids) < self.turn:
+                    streams.remove(stream)
+                yield ids
 
 
 def _user_turn(tokenizer: Tokenizer) -> list[int]:

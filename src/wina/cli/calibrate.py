@@ -7,13 +7,23 @@ from typing import Annotated
 
 import typer
 
-from wina.calibration import CalibrationSettings, DatasetText, FileText, SelfText, TextSource
+from wina.calibration import (
+    CalibrationSettings,
+    DatasetText,
+    FileText,
+    MixedText,
+    SelfText,
+    TextSource,
+)
 from wina.calibration import calibrate as run_calibration
 from wina.calibration.artifact import DOCUMENT
 from wina.cli import options
 from wina.errors import UsageError
 from wina.files import check_replaceable
+from wina.models.loading import resolve_device
 from wina.progress import console
+
+GPU_BATCH = {"batch": 256, "length": 512}  # of the model's own text: a GPU wants more at once
 
 
 def calibrate(
@@ -26,7 +36,10 @@ def calibrate(
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="Hub dataset with a text column.")] = None,
     self_text: Annotated[
-        bool, typer.Option("--self", help="Text that the model writes itself (the default).")
+        bool,
+        typer.Option(
+            "--self", help="Text that the model writes itself (the default); with --text, both."
+        ),
     ] = False,
     tokens: Annotated[int, typer.Option(help="Of calibration text.")] = 16_384,
     context: Annotated[int, typer.Option(help="Positions of a window.")] = 2_048,
@@ -52,10 +65,11 @@ def calibrate(
         wina calibrate demo -o calibration
 
         wina calibrate HuggingFaceTB/SmolLM2-360M --text corpus.txt --tokens 65536 -o calibration
+
+        wina calibrate demo --text corpus.txt --self --tokens 524288 -o for-tuning
     """
-    chosen = [text is not None and len(text) > 0, dataset is not None, self_text]
-    if sum(chosen) > 1:
-        raise UsageError("give one of --text, --dataset and --self")
+    if text and dataset is not None:
+        raise UsageError("give --text or --dataset, not both")
     settings = CalibrationSettings(
         tokens=tokens,
         context=context,
@@ -64,13 +78,16 @@ def calibrate(
         gradient=gradient,
         verdict=verdict,
     )
-    source: TextSource
+    sources: list[TextSource] = []
     if text:
-        source = FileText(tuple(text))
-    elif dataset is not None:
-        source = DatasetText(dataset)
-    else:
-        source = SelfText(seed=seed)
+        sources.append(FileText(tuple(text)))
+    if dataset is not None:
+        sources.append(DatasetText(dataset))
+    if self_text or not sources:
+        on_gpu = resolve_device(device).type == "cuda"
+        size = GPU_BATCH if on_gpu else {}
+        sources.append(SelfText(seed=seed, **size))
+    source = sources[0] if len(sources) == 1 else MixedText(tuple(sources))
     check_replaceable(output, DOCUMENT)
     loaded = options.load(model, dtype, device, revision, trust_remote_code)
     calibration = run_calibration(
