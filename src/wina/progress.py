@@ -21,6 +21,11 @@ T = TypeVar("T")
 console = Console(stderr=True)
 
 
+def note(text: str, style: str = "dim") -> None:
+    """Print a line on standard error as it is: square brackets in it are not markup."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def bar(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
     """Show a bar inside the block and yield the function that advances it."""

@@ -46,8 +46,8 @@ from wina.criteria import LinearFacts
 from wina.errors import UsageError, WinaError
 from wina.files import check_replaceable, read_tensors, work_folder, write_tensors, write_text
 from wina.layers import phase_of
-from wina.models import Site, find_sites, identify, start_ids
-from wina.progress import bar, console, track
+from wina.models import Site, check_supported, find_sites, identify, start_ids
+from wina.progress import bar, note, track
 
 PROGRESS, MARKER = "progress.safetensors", "tokens.json"
 SECONDS = 5.0  # between two saves of the sums
@@ -196,6 +196,7 @@ def calibrate(
 
 def _sites(model: PreTrainedModel) -> list[Site]:
     """Return the blocks' linears, and the head where it is a linear."""
+    check_supported(model)
     try:
         return find_sites(model, include_head=True)
     except UsageError:
@@ -262,7 +263,7 @@ def _tokens(
             f"the calibration text has {count} tokens, and at least {LEAST_TOKENS} are needed"
         )
     if count < wanted:
-        console.print(f"[dim]the text ends after {count} of {wanted} tokens[/dim]")
+        note(f"the text ends after {count} of {wanted} tokens")
     return tokens, count
 
 

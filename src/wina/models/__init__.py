@@ -2,7 +2,7 @@
 
 from wina.models.identity import identify
 from wina.models.loading import DEMO, LoadedModel, load_model
-from wina.models.structure import Site, blocks, find_sites, run_body
+from wina.models.structure import Site, blocks, check_supported, find_sites, run_body
 from wina.models.tokens import start_ids
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "LoadedModel",
     "Site",
     "blocks",
+    "check_supported",
     "find_sites",
     "identify",
     "load_model",

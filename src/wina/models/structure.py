@@ -6,9 +6,12 @@ returns; its blocks are the longest list of modules in it that hold linears.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from wina.errors import UsageError
 from wina.layers.linear import features, is_linear
@@ -63,6 +66,19 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if not any(name.startswith(f"{other}.") for other, _ in candidates if other != name)
     ]
     return max(outer, key=lambda item: len(item[1]))
+
+
+@torch.no_grad()
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise UsageError unless the model decodes: causal, with a key-value cache."""
+    name = type(model).__name__
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise UsageError(f"unsupported architecture {name}: it has no key-value cache")
+    ids = torch.tensor([[0, 1], [0, 2]], device=model.device)
+    one, other = model(ids, use_cache=False).logits[:, 0].float()
+    # Rounding apart, what follows must not matter; an encoder's difference is of the logits' size.
+    if (one - other).abs().max() > 0.01 * one.std():
+        raise UsageError(f"unsupported architecture {name}: its tokens see those after them")
 
 
 def find_sites(model: nn.Module, include_head: bool = False) -> list[Site]:
