@@ -15,7 +15,7 @@ from wina.errors import WinaError
 from wina.files import cache_dir
 from wina.models import LoadedModel, identify
 from wina.plan import ModelIdentity, Plan
-from wina.progress import console
+from wina.progress import note
 
 
 def cached_calibration(
@@ -28,8 +28,8 @@ def cached_calibration(
         try:
             return Calibration.load(path)
         except WinaError as error:
-            console.print(f"[dim]{error}[/dim]")
-    console.print(f"[dim]calibrating {loaded.name} once, on text it writes itself[/dim]")
+            note(str(error))
+    note(f"calibrating {loaded.name} once, on text it writes itself")
     return calibrate(
         loaded.model,
         loaded.tokenizer,
@@ -58,7 +58,7 @@ def cached_plan(
         try:
             return Plan.load(path)
         except WinaError as error:
-            console.print(f"[dim]{error}[/dim]")
+            note(str(error))
     plan = make_plan(
         cached_calibration(loaded, identity, settings),
         sparsity,

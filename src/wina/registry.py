@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
@@ -32,15 +32,17 @@ class Registry(Generic[T]):
         self._entries[name] = entry
         return entry
 
-    def get(self, name: str) -> T:
-        """Return the entry; raise UsageError with a did-you-mean if there is none."""
+    def get(self, name: str, also: Sequence[str] = ()) -> T:
+        """Return the entry; raise UsageError with a did-you-mean if there is none.
+
+        ``also`` are names that are known elsewhere, for the message.
+        """
         self._load_plugins()
         if name not in self._entries:
-            close = difflib.get_close_matches(name, self._entries, n=1)
+            known = sorted([*self._entries, *also])
+            close = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise UsageError(
-                f"unknown {self.kind} {name!r}.{hint} Known: {', '.join(sorted(self._entries))}."
-            )
+            raise UsageError(f"unknown {self.kind} {name!r}.{hint} Known: {', '.join(known)}.")
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:

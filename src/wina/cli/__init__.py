@@ -14,7 +14,9 @@ from transformers.utils import logging as transformers_logging
 
 from wina.cli import calibrate, chat, evaluate, inspect, plan, run, tune
 from wina.errors import UsageError, WinaError
-from wina.progress import console
+from wina.progress import note
+
+INTERRUPTED = 130  # 128 and the number of SIGINT
 
 app = typer.Typer(
     name="wina",
@@ -39,12 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers_logging.set_verbosity_error()
     try:
         app(arguments)
-    except UsageError as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except WinaError as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        console.print("interrupted; long work goes on where it was when started again")
-        sys.exit(130)
+    except (WinaError, OSError) as error:
+        note(f"error: {error}", style="red")
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except SystemExit as ending:  # typer's, after a command has ended in any other way
+        if ending.code == INTERRUPTED:
+            note("interrupted; long work goes on where it was when started again")
+        raise

@@ -21,7 +21,7 @@ from wina.cli import options
 from wina.errors import UsageError
 from wina.files import check_replaceable
 from wina.models.loading import resolve_device
-from wina.progress import console
+from wina.progress import note
 
 GPU_BATCH = {"batch": 256, "length": 512}  # of the model's own text: a GPU wants more at once
 
@@ -103,7 +103,7 @@ def calibrate(
     if as_json:
         options.print_json({"calibration": str(output), **document.model_dump(mode="json")})
         return
-    console.print(f"{document.tokens} tokens of {loaded.name} -> {output}")
+    note(f"{document.tokens} tokens of {loaded.name} -> {output}", style="none")
     if document.verdict is not None:
         found = ", ".join(f"{name} {kl:.4f}" for name, kl in document.verdict.kl.items())
-        console.print(f"held-out KL at 50 %: {found} nats a token -> {document.verdict.best}")
+        note(f"held-out KL at 50 %: {found} nats a token -> {document.verdict.best}", style="none")

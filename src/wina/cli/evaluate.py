@@ -35,7 +35,12 @@ def evaluate(
     selection: options.Selection = "threshold",
     include_head: options.IncludeHead = False,
     tokens: Annotated[int, typer.Option(help="How many to score at most.")] = 16_384,
-    context: Annotated[int, typer.Option(help="Positions of a window.")] = 2_048,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Positions of a window; 2,048, or the model's if less.", show_default=False
+        ),
+    ] = None,
     dense_prefix: Annotated[int, typer.Option(help="First positions, dense, not scored.")] = 20,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from wina.calibration import Calibration
@@ -72,4 +73,4 @@ def _print(table: Table, settings: dict[str, object]) -> None:
     console = Console()
     console.print(table)
     for name, value in settings.items():
-        console.print(f"[dim]{name}:[/dim] {value}", highlight=False)
+        console.print(f"[dim]{name}:[/dim] {escape(str(value))}", highlight=False)

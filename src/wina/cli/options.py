@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic_core import to_json
 
 from wina.cache import cached_plan
 from wina.calibration import Calibration, CalibrationSettings, make_plan
@@ -14,7 +14,7 @@ from wina.criteria import criteria
 from wina.errors import UsageError
 from wina.models import LoadedModel, load_model
 from wina.plan import Plan
-from wina.progress import console
+from wina.progress import note
 from wina.selection import check_selection, check_sparsity
 
 Model = Annotated[
@@ -50,7 +50,7 @@ def load(
     model: str | None, dtype: str, device: str, revision: str | None, trust_remote_code: bool
 ) -> LoadedModel:
     """Load the model that the options name, saying so."""
-    console.print(f"[dim]loading {model or 'the embedded model'}[/dim]")
+    note(f"loading {model or 'the embedded model'}")
     return load_model(
         model,
         dtype=dtype,
@@ -68,7 +68,7 @@ def check_request(sparsity: float, method: str, allocation: str | None, selectio
     if allocation not in (None, "greedy"):
         from wina.allocation import allocations
 
-        allocations.get(allocation)
+        allocations.get(allocation, also=("greedy",))
 
 
 def find_plan(
@@ -122,5 +122,5 @@ def load_artifacts(
 
 
 def print_json(content: dict[str, Any]) -> None:
-    """Print one JSON object on standard output."""
-    typer.echo(json.dumps(content, ensure_ascii=False))
+    """Print one JSON object on standard output; what is not finite becomes null."""
+    typer.echo(to_json(content, inf_nan_mode="null").decode())

@@ -13,7 +13,7 @@ from wina.errors import UsageError
 from wina.files import check_replaceable
 from wina.models import identify
 from wina.plan.plan import DOCUMENT
-from wina.progress import console
+from wina.progress import note
 
 
 def plan(
@@ -71,7 +71,8 @@ def plan(
         return
     realized = document.realized_sparsity
     held_out = "" if realized is None else f", {realized:.1%} on held-out text"
-    console.print(
+    note(
         f"{document.method}, {document.allocation}, {document.selection}: "
-        f"{made.sparsity:.1%} expected{held_out} -> {output}"
+        f"{made.sparsity:.1%} expected{held_out} -> {output}",
+        style="none",
     )

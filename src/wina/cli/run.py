@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers import TextStreamer
@@ -137,7 +138,8 @@ def _quality(loaded: LoadedModel, plan: Plan) -> dict[str, float]:
     text = "\n".join(topics[name] for name in sorted(topics))[: SCORED_TOKENS * 8]
     start = start_ids(loaded.model, loaded.tokenizer)
     ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"][:SCORED_TOKENS]
-    length = SCORED_CONTEXT - len(start)
+    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    length = min(SCORED_CONTEXT, limit or SCORED_CONTEXT) - len(start)
     windows = [
         torch.tensor([[*start, *ids[first : first + length]]])
         for first in range(0, len(ids) - length + 1, length)
@@ -163,8 +165,8 @@ def _text(tokenizer: Tokenizer, generation: Generation) -> str:
 def _show(content: dict[str, Any]) -> None:
     dense = content["dense"]
     sparse = f"sparse ({content['method']}, {content['sparsity']:.1%} of weights not touched)"
-    table = Table("dense", sparse, title=content["prompt"], show_lines=True)
-    table.add_row(dense["text"].strip(), content["text"].strip())
+    table = Table("dense", sparse, title=escape(content["prompt"]), show_lines=True)
+    table.add_row(escape(dense["text"].strip()), escape(content["text"].strip()))
     table.add_row(
         f"{dense['tokens_per_second']:.1f} tokens/s", f"{content['tokens_per_second']:.1f} tokens/s"
     )

@@ -24,6 +24,8 @@ from wina.models import start_ids
 from wina.plan import Plan
 from wina.progress import track
 
+CONTEXT = 2_048
+
 
 class DenseResult(BaseModel):
     """The dense model's perplexity."""
@@ -94,7 +96,7 @@ def text_windows(
     """
     if tokens < 1 or dense_prefix < 0:
         raise UsageError("tokens must be at least 1, and the dense prefix not negative")
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = _limit(model)
     if limit and context > limit:
         raise UsageError(f"the model's context is {limit} positions, {context} were asked for")
     start = start_ids(model, tokenizer)
@@ -123,7 +125,7 @@ def evaluate(
     *,
     name: str,
     tokens: int,
-    context: int = 2048,
+    context: int | None = None,
     dense_prefix: int = 20,
 ) -> Evaluation:
     """Score the dense model and each plan on text.
@@ -135,9 +137,10 @@ def evaluate(
         paths: UTF-8 text files.
         name: of the model, for the record.
         tokens: how many tokens of the text at most.
-        context: positions of a window.
+        context: positions of a window; None is 2,048 or the model's if less.
         dense_prefix: first positions of a window, dense and not scored.
     """
+    context = min(CONTEXT, _limit(model) or CONTEXT) if context is None else context
     windows, start = text_windows(model, tokenizer, paths, tokens, context, dense_prefix)
     dense = Totals()
     for ids in track(windows, "dense", len(windows)):
@@ -159,6 +162,11 @@ def evaluate(
         dense=DenseResult(perplexity=dense.perplexity),
         results=results,
     )
+
+
+def _limit(model: PreTrainedModel) -> int | None:
+    """Return the positions that the model can hold, if it says."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _score(
