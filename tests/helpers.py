@@ -112,11 +112,15 @@ def make_model(kind: str, seed: int = 0) -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class Result:
-    """What a command ended with."""
+    """What a command ended with; ``said`` is its standard error without boxes and line breaks."""
 
     code: int
     out: str
     err: str
+
+    @property
+    def said(self) -> str:
+        return " ".join(self.err.replace("│", " ").split())
 
 
 Cli = Callable[..., Result]
