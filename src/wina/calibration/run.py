@@ -80,6 +80,8 @@ class CalibrationSettings:
     def __post_init__(self) -> None:
         if self.tokens < LEAST_TOKENS:
             raise UsageError(f"calibration needs at least {LEAST_TOKENS} tokens")
+        if self.statistics_tokens < 1:
+            raise UsageError("calibration needs at least one token of statistics")
         if not 0 <= self.dense_prefix < self.context - 1:
             raise UsageError("the dense prefix must be shorter than the context")
 

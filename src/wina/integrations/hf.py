@@ -8,7 +8,7 @@ builds the sparse layers and loads their vectors from the same safetensors files
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +52,9 @@ class WinaQuantizer(HfQuantizer):  # type: ignore[misc]
         document = self.quantization_config.document
         vector_name = "thresholds" if document.selection == "threshold" else "scales"
         modules = check_linears(model, document)
-        _check_vectors(checkpoint_files or (), vector_name, len(document.linears))
+        biases = sum(linear.bias for linear in document.linears.values())
+        wanted = {vector_name: len(document.linears), "sparse_bias": biases}
+        _check_vectors(checkpoint_files or (), wanted)
         phase = Phase(document.prefill, document.dense_prefix)
         for name, module in modules.items():
             linear = document.linears[name]
@@ -97,21 +99,23 @@ class WinaQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _check_vectors(checkpoint_files: Sequence[str], vector_name: str, wanted: int) -> None:
+def _check_vectors(checkpoint_files: Sequence[str], wanted: Mapping[str, int]) -> None:
     """Raise WinaError if safetensors files lack vectors: Transformers would make them up.
 
-    They are counted, since Transformers may rename what it loads.
+    They are counted by name of the buffer, since Transformers may rename what it loads.
     """
     files = [file for file in checkpoint_files if str(file).endswith(".safetensors")]
-    found = 0
+    keys: list[str] = []
     for file in files:
         with safe_open(file, framework="pt") as opened:
-            found += sum(key.endswith(f".{vector_name}") for key in opened.keys())  # noqa: SIM118
-    if files and found != wanted:
-        raise WinaError(
-            f"the checkpoint holds {found} '.{vector_name}' vectors and its plan {wanted} linears; "
-            "save the sparse model again"
-        )
+            keys += opened.keys()
+    for name, count in wanted.items():
+        found = sum(key.endswith(f".{name}") for key in keys)
+        if files and found != count:
+            raise WinaError(
+                f"the checkpoint holds {found} '.{name}' vectors and its plan {count}; "
+                "save the sparse model again"
+            )
 
 
 def register() -> None:
