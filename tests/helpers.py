@@ -141,17 +141,19 @@ def make_plan(
     thresholds: Callable[[str, int], torch.Tensor] | float,
     *,
     keep: float | None = None,
+    bias: bool = False,
     prefill: str = "dense",
     dense_prefix: int = 0,
     identity: ModelIdentity | None = None,
 ) -> Plan:
     """Return a plan for all linears of a tiny model without calibrating it.
 
-    With ``keep``, a share of channels, it is a top-k plan and ``thresholds`` gives the scales.
+    With ``keep``, a share of channels, it is a top-k plan and ``thresholds`` gives the scales;
+    ``bias`` gives every linear one, as tuning does.
     """
     from wina.models import find_sites
 
-    linears, vectors = {}, {}
+    linears, vectors, biases = {}, {}, {}
     for site in find_sites(model):
         if callable(thresholds):
             vectors[site.name] = thresholds(site.name, site.in_features)
@@ -164,7 +166,10 @@ def make_plan(
             out_features=site.out_features,
             sparsity=0.5,
             keep=None if keep is None else round(keep * site.in_features),
+            bias=bias,
         )
+        if bias:
+            biases[site.name] = torch.linspace(-0.5, 0.5, site.out_features)
     document = PlanDocument(
         model=identity or ModelIdentity(name="tiny", config_hash="", weights_hash="", dtype=""),
         method="wina",
@@ -175,7 +180,7 @@ def make_plan(
         prefill=prefill,  # type: ignore[arg-type]
         dense_prefix=dense_prefix,
     )
-    return Plan(document, vectors)
+    return Plan(document, vectors, biases)
 
 
 def prompt(length: int = 12, batch: int = 1, seed: int = 0) -> torch.Tensor:

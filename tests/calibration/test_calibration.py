@@ -1,5 +1,8 @@
 import json
-from collections.abc import Callable
+import sys
+import types
+from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import wina
 from tests.helpers import CONTEXT, make_tokenizer
 from tests.layers.test_swap import assert_same, fingerprint
-from wina.calibration import Calibration, CalibrationSettings, FileText, SelfText
+from wina.calibration import (
+    Calibration,
+    CalibrationSettings,
+    DatasetText,
+    FileText,
+    MixedText,
+    SelfText,
+)
 from wina.calibration.artifact import Verdict
 from wina.calibration.planning import TOLERANCE
 from wina.errors import UsageError, WinaError
@@ -95,9 +105,21 @@ def test_a_short_text_is_used_as_far_as_it_goes(
     assert "the text ends after" in capsys.readouterr().err
 
 
+def test_statistics_may_read_a_part_of_the_text_evenly_spread(
+    model: PreTrainedModel, text: Path
+) -> None:
+    options = {"tokens": 1024, "context": 64, "dense_prefix": 4, "verdict": False}
+    whole = wina.calibrate(model, make_tokenizer(), text, **options)
+    part = wina.calibrate(model, make_tokenizer(), text, statistics_tokens=512, **options)
+    counts = [x.statistics[0].histograms["wina"].sum().item() for x in (whole, part)]
+    assert counts == [16 * 60 * 32, 8 * 60 * 32]
+    assert (whole.tokens == part.tokens).all()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"statistics_tokens": 0}, "at least one token"),
         ({"tokens": 100}, "at least 512"),
         ({"dense_prefix": -1}, "dense prefix"),
         ({"context": 10, "dense_prefix": 9}, "dense prefix"),
@@ -143,6 +165,47 @@ def test_a_long_file_is_read_in_pieces_and_nothing_is_lost(
         pieces = list(FileText((path,)).pieces(model, tokenizer, [], 0))
         assert len(pieces) > 2
         assert "".join(tokenizer.decode(piece) for piece in pieces) == content
+
+
+def test_sources_take_turns_until_all_have_ended(model: PreTrainedModel, tmp_path: Path) -> None:
+    tokenizer, sources = make_tokenizer(), []
+    for name, count in (("a", 10), ("b", 3)):
+        path = tmp_path / name
+        path.write_text(f"{name}" * count)
+        sources.append(FileText((path,)))
+    mixed = MixedText(tuple(sources), turn=4)
+    pieces = [tokenizer.decode(piece) for piece in mixed.pieces(model, tokenizer, [], 0)]
+    text = "".join(pieces)
+    assert (text.count("a"), text.count("b")) == (10, 3)
+    assert pieces[0].strip("a") == ""
+    assert pieces[1].strip("b") == ""
+    assert all(source.describe() in mixed.describe() for source in sources)
+
+
+def test_a_dataset_is_streamed_row_by_row(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": "first row"}, {"text": "second row"}, {"other": "x"}]
+    fake = types.ModuleType("datasets")
+    fake.__spec__ = ModuleSpec("datasets", None)
+    asked: list[object] = []
+
+    def load_dataset(name: str, split: str, streaming: bool) -> Iterator[dict[str, str]]:
+        asked.append((name, split, streaming))
+        if name == "gone":
+            raise OSError("not there")
+        return iter(rows)
+
+    fake.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    tokenizer = make_tokenizer()
+    pieces = DatasetText("someone/text").pieces(model, tokenizer, [], 0)
+    assert [tokenizer.decode(next(pieces)) for _ in range(2)] == ["first row\n", "second row\n"]
+    assert asked == [("someone/text", "train", True)]
+    with pytest.raises(WinaError, match="no column 'text'"):
+        next(pieces)
+    with pytest.raises(WinaError, match="cannot read the dataset 'gone'"):
+        next(DatasetText("gone").pieces(model, tokenizer, [], 0))
 
 
 def test_an_instruct_models_own_text_has_users_turns(model: PreTrainedModel) -> None:

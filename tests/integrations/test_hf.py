@@ -54,6 +54,29 @@ def test_save_load_generate_gives_the_same_tokens(
     assert found.state_dict().keys() == each_model.state_dict().keys()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_biases_of_a_tuned_plan_are_saved_too(
+    each_model: PreTrainedModel, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    plan = make_plan(each_model, 0.3, bias=True, prefill="sparse")
+    without = make_plan(each_model, 0.3, prefill="sparse")
+    each_model.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    wina.sparsify(model, without, check=False)
+    plain = model(prompt()).logits
+    wina.sparsify(model, plan, check=False)
+    wanted = model(prompt()).logits
+    assert not torch.allclose(wanted, plain, rtol=0.1, atol=0.1)
+    model.save_pretrained(tmp_path)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert torch.equal(found(prompt()).logits, wanted)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[next(name for name in tensors if name.endswith(".sparse_bias"))]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WinaError, match=r"'\.sparse_bias' vectors"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def test_a_fresh_process_needs_only_import_wina(tmp_path: Path) -> None:
     wanted = {}
     ids = prompt(10)

@@ -83,6 +83,35 @@ def test_nothing_to_drop_is_bit_equal_and_not_active(dense: nn.Module) -> None:
     assert torch.equal(layer(x), before)
 
 
+@pytest.mark.parametrize("keep", [None, 3])
+def test_an_added_bias_counts_on_sparse_positions_only(dense: nn.Module, keep: int | None) -> None:
+    x, added = torch.randn(2, 3, 8), torch.linspace(1, 2, 5)
+    phase = Phase()
+    before = dense(x)
+    make_sparse(dense, torch.ones(8), "threshold" if keep is None else "topk", keep, phase)
+    assert isinstance(dense, SparseLayer)
+    phase.rows = True
+    without = dense(x)
+    make_dense(dense)
+    make_sparse(dense, torch.ones(8), "threshold" if keep is None else "topk", keep, phase, added)
+    torch.testing.assert_close(dense(x), without + added)
+    phase.rows = torch.tensor([False, True, False])
+    torch.testing.assert_close(dense(x)[:, 1], (without + added)[:, 1])
+    torch.testing.assert_close(dense(x)[:, ::2], before[:, ::2])
+    phase.rows = False
+    assert torch.equal(dense(x), before)
+    make_dense(dense)
+    assert "sparse_bias" not in vars(dense)["_buffers"]
+
+
+def test_a_narrower_module_keeps_its_vector_in_float32() -> None:
+    layer = sparse(nn.Linear(4, 4), torch.full((4,), 0.1))
+    layer.to(torch.bfloat16)
+    assert layer.weight.dtype == torch.bfloat16
+    assert layer.vector.dtype == torch.float32
+    assert (layer.vector == 0.1).all()
+
+
 def test_nan_reaches_the_output() -> None:
     layer = sparse(nn.Linear(2, 2), torch.full((2,), torch.inf))
     assert layer(torch.tensor([[float("nan"), 1.0]])).isnan().all()

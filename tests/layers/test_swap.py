@@ -3,7 +3,7 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from tests.helpers import make_model, make_plan, prompt
 from wina import layers
@@ -171,10 +171,14 @@ def test_a_plan_of_another_model_changes_nothing(model: PreTrainedModel) -> None
     assert fingerprint(model)["types"] == before["types"]
 
 
-def test_a_decode_step_compiles_as_one_graph(model: PreTrainedModel) -> None:
-    sparsify(model, make_plan(model, 0.4, prefill="sparse"))
-    ids = prompt(1)
+@pytest.mark.parametrize("keep", [None, 0.5])
+def test_a_decode_step_compiles_as_one_graph(model: PreTrainedModel, keep: float | None) -> None:
+    sparsify(model, make_plan(model, 0.4 if keep is None else 1.0, keep=keep))
+    ids = prompt(10)
+    wanted = decode(model, ids)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    cache = StaticCache(config=model.config, max_cache_len=16)
     with torch.no_grad():
-        wanted = model(ids, use_cache=False).logits
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
-        torch.testing.assert_close(compiled(ids, use_cache=False).logits, wanted)
+        model(ids[:, :-1], past_key_values=cache, use_cache=True)
+        found = compiled(ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

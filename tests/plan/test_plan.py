@@ -43,6 +43,20 @@ def test_topk_plans_keep_their_counts(model: PreTrainedModel, tmp_path: Path) ->
     assert {x.keep for x in found.document.linears.values()} == {8, 12}
 
 
+def test_biases_are_kept_and_checked(model: PreTrainedModel, tmp_path: Path) -> None:
+    plan = make_plan(model, 0.3, bias=True)
+    folder = plan.save(tmp_path / "plan")
+    found = Plan.load(folder)
+    assert found.biases.keys() == plan.biases.keys()
+    assert all(torch.equal(found.biases[name], bias) for name, bias in plan.biases.items())
+    name = next(iter(plan.biases))
+    for vector, message in ((None, "disagree on"), (torch.ones(3), "has a wrong shape")):
+        plan.save(folder)
+        rewrite(folder, f"{name}.bias", vector)
+        with pytest.raises(WinaError, match=message):
+            Plan.load(folder)
+
+
 def test_the_card_is_readable_by_the_hub(folder: Path) -> None:
     from huggingface_hub import ModelCard
 
