@@ -215,6 +215,16 @@ def test_an_instruct_models_own_text_has_users_turns(model: PreTrainedModel) -> 
     assert [row.startswith("<s>user: ") for row in rows] == [True, True, False, False]
 
 
+def test_own_text_goes_on_anew_and_begins_anywhere(model: PreTrainedModel) -> None:
+    def first_pieces(first: int, count: int) -> list[list[int]]:
+        pieces = SelfText(batch=2, length=16).pieces(model, make_tokenizer(), [], first)
+        return [list(next(pieces)) for _ in range(count)]
+
+    pieces = first_pieces(0, 4)
+    assert len({tuple(piece) for piece in pieces}) == 4
+    assert first_pieces(2, 2) == pieces[2:]
+
+
 def test_a_template_that_refuses_is_no_template(model: PreTrainedModel) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no') }}"
