@@ -285,3 +285,16 @@ def test_a_lora_adapter_trains_and_runs_on_top(model: PreTrainedModel, tmp_path:
     base = make_model("qwen3")
     sparsified(base)
     assert greedy(peft.PeftModel.from_pretrained(base, tmp_path), prompt()) == changed
+
+
+def test_a_loaded_plan_that_drops_nothing_is_the_dense_model(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
+    wanted = model(prompt()).logits
+    for keep in (None, 1.0):
+        plan = make_plan(model, 0.0 if keep is None else 1.0, keep=keep, prefill="sparse")
+        wina.sparsify(model, plan, check=False)
+        model.save_pretrained(tmp_path)
+        found = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert not any(layer.active for _, layer in sparse_layers(found))
+        assert torch.equal(found(prompt()).logits, wanted)
