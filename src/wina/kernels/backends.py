@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 
 from wina.errors import UsageError
+from wina.kernels import cpu
 from wina.registry import Registry
 
 ENVIRONMENT = "WINA_BACKEND"
@@ -23,6 +24,7 @@ REFERENCE = "reference"
 # name -> load(): register the implementations; returns None, or why they cannot run here.
 BACKENDS: Registry[Callable[[], str | None]] = Registry("backend", "backends")
 BACKENDS.add(REFERENCE, lambda: None)
+BACKENDS.add("cpu", cpu.load)
 
 _active = AUTO
 

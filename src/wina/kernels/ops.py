@@ -16,16 +16,16 @@ from wina.kernels import backends, reference
 
 NAMESPACE = "wina"
 
-# A projection without a bias is an empty tensor in `biases`; an empty list is no bias at all.
+# Biases are none for an empty list, else one for each projection; an empty tensor is no bias.
+# (Not `Tensor?`: torch's stable C interface passes lists alike in all versions.)
 SCHEMAS = {
-    "sparse_linear": "(Tensor x, Tensor weight, Tensor thresholds, Tensor? bias) -> Tensor",
+    "sparse_linear": "(Tensor x, Tensor weight, Tensor thresholds, Tensor[] bias) -> Tensor",
     "sparse_linears": (
         "(Tensor x, Tensor[] weights, Tensor[] thresholds, Tensor[] biases) -> Tensor[]"
     ),
     "sparse_gated_mlp": (
         "(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor gate_thresholds, "
-        "Tensor up_thresholds, Tensor down_thresholds, str activation, Tensor? gate_bias, "
-        "Tensor? up_bias, Tensor? down_bias) -> Tensor"
+        "Tensor up_thresholds, Tensor down_thresholds, str activation, Tensor[] biases) -> Tensor"
     ),
 }
 
@@ -40,7 +40,8 @@ def sparse_linear(
     """
     if backends.active_backend() == backends.REFERENCE:
         return reference.sparse_linear(x, weight, thresholds, bias)
-    result: Tensor = torch.ops.wina.sparse_linear(x, weight, thresholds, bias)
+    biases = [] if bias is None else [bias]
+    result: Tensor = torch.ops.wina.sparse_linear(x, weight, thresholds, biases)
     return result
 
 
@@ -53,9 +54,8 @@ def sparse_linears(
     """Return ``sparse_linear`` of one x under several projections (q, k, v), in one call."""
     if backends.active_backend() == backends.REFERENCE:
         return reference.sparse_linears(x, weights, thresholds, biases)
-    filled = [x.new_empty(0) if bias is None else bias for bias in biases or ()]
     results: list[Tensor] = torch.ops.wina.sparse_linears(
-        x, list(weights), list(thresholds), filled
+        x, list(weights), list(thresholds), _pack(x, biases or ())
     )
     return results
 
@@ -86,18 +86,49 @@ def sparse_gated_mlp(
     biases = (gate_bias, up_bias, down_bias)
     if backends.active_backend() == backends.REFERENCE:
         return reference.sparse_gated_mlp(x, *weights, *thresholds, activation, *biases)
-    result: Tensor = torch.ops.wina.sparse_gated_mlp(x, *weights, *thresholds, activation, *biases)
+    packed = _pack(x, biases)
+    result: Tensor = torch.ops.wina.sparse_gated_mlp(x, *weights, *thresholds, activation, packed)
     return result
+
+
+def _pack(x: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
+    if all(bias is None for bias in biases):
+        return []
+    return [x.new_empty(0) if bias is None else bias for bias in biases]
+
+
+def _unpack(biases: list[Tensor], count: int) -> list[Tensor | None]:
+    return [bias if bias.numel() else None for bias in biases] or [None] * count
+
+
+def _linear(x: Tensor, weight: Tensor, thresholds: Tensor, bias: list[Tensor]) -> Tensor:
+    return reference.sparse_linear(x, weight, thresholds, *_unpack(bias, 1))
 
 
 def _linears(
     x: Tensor, weights: list[Tensor], thresholds: list[Tensor], biases: list[Tensor]
 ) -> list[Tensor]:
-    present = [bias if bias.numel() else None for bias in biases] or None
-    return reference.sparse_linears(x, weights, thresholds, present)
+    return reference.sparse_linears(x, weights, thresholds, _unpack(biases, len(weights)))
 
 
-def _fake_linear(x: Tensor, weight: Tensor, thresholds: Tensor, bias: Tensor | None) -> Tensor:
+def _gated_mlp(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate_thresholds: Tensor,
+    up_thresholds: Tensor,
+    down_thresholds: Tensor,
+    activation: str,
+    biases: list[Tensor],
+) -> Tensor:
+    thresholds = (gate_thresholds, up_thresholds, down_thresholds)
+    return reference.sparse_gated_mlp(
+        x, gate, up, down, *thresholds, activation, *_unpack(biases, 3)
+    )
+
+
+def _fake_linear(x: Tensor, weight: Tensor, thresholds: Tensor, bias: list[Tensor]) -> Tensor:
     del thresholds, bias
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -116,9 +147,9 @@ def _fake_gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *rest: ob
 
 def _define() -> None:
     implementations: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
-        "sparse_linear": (reference.sparse_linear, _fake_linear),
+        "sparse_linear": (_linear, _fake_linear),
         "sparse_linears": (_linears, _fake_linears),
-        "sparse_gated_mlp": (reference.sparse_gated_mlp, _fake_gated_mlp),
+        "sparse_gated_mlp": (_gated_mlp, _fake_gated_mlp),
     }
     for name, (implementation, fake) in implementations.items():
         op = f"{NAMESPACE}::{name}"

@@ -1,0 +1,63 @@
+// What the operators (ops.cpp) ask of an instruction set (kernels_*.cpp). No torch here.
+#pragma once
+
+#include <cstdint>
+
+namespace wina {
+
+// Rows of W are skipped for the first three; float64 takes the dense path.
+enum class Dtype : int { f32, f16, bf16, f64 };
+enum class Activation : int { silu, gelu, gelu_tanh, relu };
+
+inline int64_t bytes_of(Dtype dtype) {
+  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+}
+
+// Tokens of one pass over the weights; more are computed in several passes.
+constexpr int max_tokens = 8;
+// float32 sums of one tile of outputs, all tokens together: 32 KiB stays in a first-level cache.
+constexpr int64_t tile_sums = 8192;
+// A split of outputs over threads falls on multiples of this: 64 bytes of 16-bit weights.
+constexpr int64_t split_columns = 32;
+
+// The channels that a projection reads: those which at least one token keeps.
+struct Live {
+  int32_t* index;   // (count,) ascending
+  float* values;    // (tokens, stride): x, or 0 where that token drops the channel
+  int64_t stride;
+  int64_t count;
+  int tokens;       // 1, 2, 4 or 8; tokens beyond the real ones have zero values
+};
+
+struct Projection {
+  const void* weight;  // (in, out), rows contiguous and `row` elements apart
+  const void* bias;    // (out,) or null
+  void* y;             // (rows, out), contiguous
+  int64_t in, out, row;
+};
+
+struct Kernels {
+  const char* name;
+  // Widen n values.
+  void (*widen)(Dtype, const void* x, float* wide, int64_t n);
+  // List the channels of wide (real, in) that are not below the thresholds, in `live`, whose
+  // pointers, stride and tokens are set; real <= live.tokens.
+  void (*compact)(const float* wide, int real, int64_t in, const float* thresholds, Live* live);
+  // y[token, begin:end] = sum over live channels, + bias; sums has room for tile_sums floats and
+  // is aligned to 64 bytes. begin is a multiple of split_columns.
+  void (*project)(Dtype, const Projection&, const Live&, int real, int64_t begin, int64_t end,
+                  float* sums);
+  // gate = act(gate) * up, rounded to the dtype after the activation and after the product.
+  void (*activate)(Dtype, Activation, void* gate, const void* up, int64_t n);
+  // out = x with the channels below their thresholds set to 0.
+  void (*drop)(Dtype, const void* x, const float* thresholds, void* out, int64_t n);
+  // Read n bytes and do nothing with them: the bandwidth probe.
+  uint32_t (*stream)(const void* data, int64_t n);
+};
+
+extern const Kernels portable;
+#if defined(__x86_64__)
+extern const Kernels avx2, avx512;
+#endif
+
+}  // namespace wina

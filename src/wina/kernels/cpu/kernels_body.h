@@ -1,0 +1,336 @@
+// The kernels themselves, written once with the compiler's vector types; see vectors.h.
+//
+// Columns are handled in blocks of two registers. The order of the columns inside the pair is the
+// dtype's own: bfloat16 values are taken apart as even and odd columns, which needs no shuffle.
+
+namespace wina::WINA_SPACE {
+
+WINA_INLINE Pair load(const float* from) {
+  return {read<Floats>(from), read<Floats>(from + lanes)};
+}
+WINA_INLINE Pair load(const Half* from) { return {widen_half(from), widen_half(from + lanes)}; }
+WINA_INLINE Pair load(const Brain* from) {
+  Words both = read<Words>(from);
+  return {(Floats)(both << 16), (Floats)(both & 0xffff0000u)};
+}
+
+// The bits of a bfloat16, rounded to nearest even, in the upper half of each word; NaN stays NaN.
+WINA_INLINE Words round_brain(Floats value) {
+  Words bits = (Words)value;
+  Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  Words nan = (Words)(value != value);
+  return (rounded & ~nan) | (nan & 0x7fc00000u);
+}
+
+WINA_INLINE void store(float* to, Pair value) {
+  write(to, value.a);
+  write(to + lanes, value.b);
+}
+WINA_INLINE void store(Half* to, Pair value) {
+  narrow_half(to, value.a);
+  narrow_half(to + lanes, value.b);
+}
+WINA_INLINE void store(Brain* to, Pair value) {
+  write(to, (round_brain(value.a) >> 16) | (round_brain(value.b) & 0xffff0000u));
+}
+
+// The same for the first n columns of a block.
+template <class S>
+WINA_INLINE Pair load_part(const S* from, int64_t n) {
+  S whole[block] = {};
+  std::memcpy(whole, from, n * sizeof(S));
+  return load(whole);
+}
+template <class S>
+WINA_INLINE void store_part(S* to, Pair value, int64_t n) {
+  S whole[block];
+  store(whole, value);
+  std::memcpy(to, whole, n * sizeof(S));
+}
+
+// Run f<S>(arguments) for the storage type of a dtype.
+#define WINA_DISPATCH(dtype, f, ...)                        \
+  do {                                                      \
+    if ((dtype) == Dtype::f32) f<float>(__VA_ARGS__);       \
+    else if ((dtype) == Dtype::f16) f<Half>(__VA_ARGS__);   \
+    else f<Brain>(__VA_ARGS__);                             \
+  } while (0)
+
+// --- sums over live rows ---
+
+// Add `rows` live rows, from number k on, to the sums of `columns` outputs from `begin` on. The
+// rows that follow are fetched meanwhile: a live row is short, and a hardware prefetcher needs
+// some lines of it before it starts. `whole` is false for a last, incomplete block.
+template <class S, int tokens, int rows, bool whole>
+WINA_INLINE void add_rows(const Projection& p, const Live& live, int64_t k, int64_t begin,
+                          int64_t columns, float* sums, int64_t sums_stride) {
+  const S* weight = static_cast<const S*>(p.weight) + begin;
+  const S* row[rows];
+  const S* next[rows];
+  for (int r = 0; r < rows; ++r) {
+    row[r] = weight + live.index[k + r] * p.row;
+    int64_t after = k + r + rows < live.count ? k + r + rows : k + r;
+    next[r] = weight + live.index[after] * p.row;
+  }
+  for (int64_t c = 0; c < columns; c += block) {
+    Floats a[tokens], b[tokens];
+    for (int t = 0; t < tokens; ++t) {
+      a[t] = read<Floats>(sums + t * sums_stride + c);
+      b[t] = read<Floats>(sums + t * sums_stride + c + lanes);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+      Pair w = whole ? load(row[r] + c) : load_part(row[r] + c, columns - c);
+      if (whole) {
+        for (int64_t byte = 0; byte < int64_t(block * sizeof(S)); byte += 64)
+          __builtin_prefetch(reinterpret_cast<const char*>(next[r] + c) + byte, 0, 2);
+      }
+#pragma GCC unroll 8
+      for (int t = 0; t < tokens; ++t) {
+        float x = live.values[t * live.stride + k + r];
+        a[t] += x * w.a;
+        b[t] += x * w.b;
+      }
+    }
+    for (int t = 0; t < tokens; ++t) {
+      write(sums + t * sums_stride + c, a[t]);
+      write(sums + t * sums_stride + c + lanes, b[t]);
+    }
+  }
+}
+
+template <class S, int tokens, bool whole>
+WINA_INLINE void add_all(const Projection& p, const Live& live, int64_t begin, int64_t columns,
+                         float* sums, int64_t sums_stride) {
+  // One token: as many streams of rows as pay. More: the sums need the registers.
+  constexpr int rows = tokens == 1 ? 16 : 8;
+  int64_t k = 0;
+  for (; k + rows <= live.count; k += rows)
+    add_rows<S, tokens, rows, whole>(p, live, k, begin, columns, sums, sums_stride);
+  for (; k < live.count; ++k)
+    add_rows<S, tokens, 1, whole>(p, live, k, begin, columns, sums, sums_stride);
+}
+
+template <class S>
+WINA_INLINE Pair add_bias(Pair sum, const S* bias, int64_t n) {
+  if (bias == nullptr) return sum;
+  Pair b = n == block ? load(bias) : load_part(bias, n);
+  return {sum.a + b.a, sum.b + b.b};
+}
+
+template <class S, int tokens>
+WINA_TARGET static void project_tile(const Projection& p, const Live& live, int real,
+                                     int64_t begin, int64_t end, float* sums) {
+  int64_t columns = end - begin, rest = columns % block, full = columns - rest;
+  int64_t stride = full + (rest ? block : 0);
+  std::memset(sums, 0, tokens * stride * sizeof(float));
+  add_all<S, tokens, true>(p, live, begin, full, sums, stride);
+  if (rest) add_all<S, tokens, false>(p, live, begin + full, rest, sums + full, stride);
+  const S* bias = static_cast<const S*>(p.bias);
+  for (int t = 0; t < real; ++t) {
+    S* y = static_cast<S*>(p.y) + t * p.out + begin;
+    for (int64_t c = 0; c < columns; c += block) {
+      const float* sum = sums + t * stride + c;
+      int64_t n = columns - c < block ? columns - c : int64_t(block);
+      Pair value = add_bias({read<Floats>(sum), read<Floats>(sum + lanes)},
+                            bias ? bias + begin + c : nullptr, n);
+      if (n == block) store(y + c, value);
+      else store_part(y + c, value, n);
+    }
+  }
+}
+
+template <class S>
+WINA_TARGET static void project_columns(const Projection& p, const Live& live, int real,
+                                        int64_t begin, int64_t end, float* sums) {
+  const int64_t tile = live.tokens == 1 ? tile_sums / 2 : tile_sums / live.tokens;
+  for (int64_t c = begin; c < end; c += tile) {
+    int64_t stop = c + tile < end ? c + tile : end;
+    switch (live.tokens) {
+      case 1: project_tile<S, 1>(p, live, real, c, stop, sums); break;
+      case 2: project_tile<S, 2>(p, live, real, c, stop, sums); break;
+      case 4: project_tile<S, 4>(p, live, real, c, stop, sums); break;
+      default: project_tile<S, 8>(p, live, real, c, stop, sums);
+    }
+  }
+}
+
+WINA_TARGET static void project(Dtype dtype, const Projection& p, const Live& live, int real,
+                                int64_t begin, int64_t end, float* sums) {
+  WINA_DISPATCH(dtype, project_columns, p, live, real, begin, end, sums);
+}
+
+// --- elementwise ---
+
+WINA_INLINE Floats fill(float value) { return value - Floats{}; }
+// value where the lanes of mask are all ones, else other
+WINA_INLINE Floats choose(Ints mask, Floats value, Floats other) {
+  return (Floats)(((Words)mask & (Words)value) | (~(Words)mask & (Words)other));
+}
+
+// e^x to about 2 units in the last place; 0 below -87.3, infinite from 88.4, NaN for NaN.
+WINA_INLINE Floats exponential(Floats x) {
+  Ints nan = x != x;
+  Floats bounded = choose(x > 89.0f, fill(89.0f), choose(x < -88.0f, fill(-88.0f), x));
+  Floats scaled = bounded * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+  Ints n = (Ints)scaled - 0x4b400000;
+  Floats whole = scaled - 12582912.0f;
+  Floats r = bounded - whole * 0.693359375f;  // ln 2 in two parts
+  r = r + whole * 2.12194440e-4f;
+  Floats sum = r * (1.0f / 5040) + 1.0f / 720;  // Taylor: |r| <= ln(2) / 2
+  sum = sum * r + 1.0f / 120;
+  sum = sum * r + 1.0f / 24;
+  sum = sum * r + 1.0f / 6;
+  sum = sum * r + 0.5f;
+  sum = sum * r + 1.0f;
+  sum = sum * r + 1.0f;
+  Floats power = (Floats)((n + 127) << 23);
+  return choose(nan, x, sum * choose(n < -126, Floats{}, power));
+}
+
+WINA_INLINE Floats apply(Activation act, Floats x) {
+  switch (act) {
+    case Activation::silu: return x / (1.0f + exponential(-x));
+    case Activation::relu: return choose(x < 0.0f, Floats{}, x);
+    case Activation::gelu_tanh: {  // x (1 + tanh u) / 2 = x sigmoid(2 u), without cancellation
+      Floats u = 0.79788456f * (x + 0.044715f * x * x * x);
+      return x / (1.0f + exponential(-2.0f * u));
+    }
+    default:
+      for (int i = 0; i < lanes; ++i) x[i] *= 0.5f * (1.0f + std::erf(x[i] * 0.70710678f));
+      return x;
+  }
+}
+
+template <class S>
+WINA_INLINE Pair rounded(Pair value) {
+  if (std::is_same<S, float>::value) return value;
+  S stored[block];
+  store(stored, value);
+  return load(stored);
+}
+
+template <class S>
+WINA_TARGET static void activate_all(Activation act, void* gate, const void* up, int64_t n) {
+  S* g = static_cast<S*>(gate);
+  const S* u = static_cast<const S*>(up);
+  for (int64_t i = 0; i < n; i += block) {
+    int64_t part = n - i < block ? n - i : int64_t(block);
+    Pair x = part == block ? load(g + i) : load_part(g + i, part);
+    Pair y = part == block ? load(u + i) : load_part(u + i, part);
+    x = rounded<S>({apply(act, x.a), apply(act, x.b)});
+    x = {x.a * y.a, x.b * y.b};
+    if (part == block) store(g + i, x);
+    else store_part(g + i, x, part);
+  }
+}
+
+static inline double apply_double(Activation act, double x) {
+  switch (act) {
+    case Activation::silu: return x / (1.0 + std::exp(-x));
+    case Activation::relu: return x < 0.0 ? 0.0 : x;
+    case Activation::gelu_tanh:
+      return x / (1.0 + std::exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)));
+    default: return x * (0.5 * (1.0 + std::erf(x * 0.70710678118654752)));
+  }
+}
+
+WINA_TARGET static void activate(Dtype dtype, Activation act, void* gate, const void* up,
+                                 int64_t n) {
+  if (dtype == Dtype::f64) {
+    double* g = static_cast<double*>(gate);
+    for (int64_t i = 0; i < n; ++i)
+      g[i] = apply_double(act, g[i]) * static_cast<const double*>(up)[i];
+    return;
+  }
+  WINA_DISPATCH(dtype, activate_all, act, gate, up, n);
+}
+
+WINA_INLINE float widen_one(float value) { return value; }
+WINA_INLINE float widen_one(double value) { return float(value); }
+WINA_INLINE float widen_one(Brain value) {
+  uint32_t bits = uint32_t(value.bits) << 16;
+  return read<float>(&bits);
+}
+WINA_INLINE float widen_one(Half value) {
+  Half one[lanes] = {value};
+  return widen_half(one)[0];
+}
+
+template <class S>
+WINA_TARGET static void widen_all(const void* x, float* wide, int64_t n) {
+  const S* from = static_cast<const S*>(x);
+  int64_t i = 0;
+  if (std::is_same<S, Half>::value)
+    for (; i + lanes <= n; i += lanes)
+      write(wide + i, widen_half(reinterpret_cast<const Half*>(from + i)));
+  for (; i < n; ++i) wide[i] = widen_one(from[i]);
+}
+
+WINA_TARGET static void widen(Dtype dtype, const void* x, float* wide, int64_t n) {
+  WINA_DISPATCH(dtype, widen_all, x, wide, n);
+}
+
+WINA_INLINE bool below(float x, float threshold) { return std::fabs(x) < threshold; }
+
+template <class S>
+WINA_TARGET static void drop_all(const void* x, const float* thresholds, void* out, int64_t n) {
+  const S* from = static_cast<const S*>(x);
+  S* to = static_cast<S*>(out);
+  for (int64_t i = 0; i < n; ++i) to[i] = below(widen_one(from[i]), thresholds[i]) ? S{} : from[i];
+}
+
+WINA_TARGET static void drop(Dtype dtype, const void* x, const float* thresholds, void* out,
+                             int64_t n) {
+  if (dtype == Dtype::f64) return drop_all<double>(x, thresholds, out, n);
+  WINA_DISPATCH(dtype, drop_all, x, thresholds, out, n);
+}
+
+// Channels whose values are all 0 are not listed either: they add nothing.
+WINA_TARGET static void compact(const float* wide, int real, int64_t in, const float* thresholds,
+                                Live* live) {
+  int64_t count = 0;
+  int64_t j = compact_lanes(wide, real, in, thresholds, live, &count);
+  for (; j < in; ++j) {
+    bool keep = false;
+    for (int t = 0; t < real; ++t) {
+      float x = wide[t * in + j];
+      float value = below(x, thresholds[j]) ? 0.0f : x;
+      live->values[t * live->stride + count] = value;
+      keep |= value != 0.0f;
+    }
+    live->index[count] = int32_t(j);
+    count += keep;
+  }
+  live->count = count;
+  for (int t = real; t < live->tokens; ++t)
+    std::memset(live->values + t * live->stride, 0, count * sizeof(float));
+}
+
+WINA_TARGET static uint32_t stream(const void* data, int64_t n) {
+  const char* from = static_cast<const char*>(data);
+  constexpr int64_t step = 4 * sizeof(Words);
+  Words a{}, b{}, c{}, d{};
+  for (int64_t i = 0; i + step <= n; i += step) {
+    a ^= read<Words>(from + i);
+    b ^= read<Words>(from + i + sizeof(Words));
+    c ^= read<Words>(from + i + 2 * sizeof(Words));
+    d ^= read<Words>(from + i + 3 * sizeof(Words));
+  }
+  a ^= b ^ c ^ d;
+  uint32_t all = 0;
+  for (int i = 0; i < lanes; ++i) all ^= a[i];
+  return all;
+}
+
+}  // namespace wina::WINA_SPACE
+
+namespace wina {
+
+#define WINA_TEXT_(name) #name
+#define WINA_TEXT(name) WINA_TEXT_(name)
+extern const Kernels WINA_ISA{WINA_TEXT(WINA_ISA),  WINA_SPACE::widen,    WINA_SPACE::compact,
+                              WINA_SPACE::project, WINA_SPACE::activate, WINA_SPACE::drop,
+                              WINA_SPACE::stream};
+
+}  // namespace wina

@@ -1,0 +1,111 @@
+"""The compiled library: built by setup.py beside this file, bound to the torch that runs.
+
+It registers the operators through torch's stable C interface, whose functions it is handed by
+address. So it is built without torch, links neither torch nor Python, and one build serves every
+torch from 2.10 on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from wina.errors import UsageError
+
+NAME = "libwina_cpu"
+SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+PATH = Path(__file__).with_name(NAME + SUFFIX)
+TORCH_LIBRARY = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(
+    sys.platform, "libtorch_cpu.so"
+)
+_FIND = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)
+_log = logging.getLogger(__name__)
+
+
+@cache
+def load() -> str | None:
+    """Register the compiled kernels; return None, or (also logged, once) why they cannot run."""
+    reason = _register()
+    if reason is not None:
+        _log.warning("the compiled CPU kernels cannot run (%s); using the slow reference", reason)
+    return reason
+
+
+def _register() -> str | None:
+    if not PATH.exists():
+        return f"{PATH.name} was not built: no C++17 compiler at install time"
+    try:
+        library = _library()
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / TORCH_LIBRARY))
+    except OSError as error:
+        return str(error)
+
+    def find(name: bytes) -> int | None:
+        function = getattr(torch_cpu, name.decode(), None)
+        return ctypes.cast(function, ctypes.c_void_p).value if function is not None else None
+
+    reason: bytes | None = library.wina_register(_FIND(find))
+    return None if reason is None else f"torch {torch.__version__}: {reason.decode()}"
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(PATH))
+    library.wina_register.argtypes = [_FIND]
+    library.wina_register.restype = ctypes.c_char_p
+    library.wina_instruction_set.argtypes = []
+    library.wina_instruction_set.restype = ctypes.c_char_p
+    library.wina_use_instruction_set.argtypes = [ctypes.c_char_p]
+    library.wina_set_crossover.argtypes = [ctypes.c_int, *[ctypes.c_int64] * 3]
+    library.wina_set_crossover.restype = None
+    library.wina_advise_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.wina_advise_huge_pages.restype = None
+    library.wina_stream.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.wina_stream.restype = ctypes.c_uint32
+    return library
+
+
+def input_major(weight: torch.Tensor) -> torch.Tensor:
+    """Return a copy of W (out_features, in_features) with strides (1, out_features).
+
+    That is the layout whose dropped channels' memory the kernels skip. The copy's memory is in
+    huge pages where the system grants them.
+    """
+    rows = torch.empty(weight.shape[::-1], dtype=weight.dtype, device=weight.device)
+    if weight.device.type == "cpu" and load() is None:
+        _library().wina_advise_huge_pages(rows.data_ptr(), rows.numel() * rows.element_size())
+    return rows.copy_(weight.t()).t()
+
+
+def stream(data: torch.Tensor) -> None:
+    """Read a contiguous tensor's memory once with torch's threads: the bandwidth probe."""
+    _library().wina_stream(data.data_ptr(), data.numel() * data.element_size())
+
+
+def instruction_set() -> str:
+    """Return the instruction set that the kernels use: portable, avx2, avx512."""
+    name: bytes = _library().wina_instruction_set()
+    return name.decode()
+
+
+@contextmanager
+def use_instruction_set(name: str) -> Iterator[None]:
+    """Use another of the processor's instruction sets inside the block, for tests and benchmarks.
+
+    Raises:
+        UsageError: the processor has none of that name.
+    """
+    previous = instruction_set()
+    if not _library().wina_use_instruction_set(name.encode()):
+        raise UsageError(f"instruction set {name!r} is not one of this processor's")
+    try:
+        yield
+    finally:
+        _library().wina_use_instruction_set(previous.encode())

@@ -1,0 +1,476 @@
+// The operators: checks, the choice of a path, and the split over torch's threads.
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <tuple>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "kernels.h"
+#include "torch_abi.h"
+
+namespace wina {
+
+Torch torch;
+static const Kernels* kernels = &portable;
+
+// --- settings, written by wina.kernels.cpu before the operators run ---
+
+// Rows of x up to which skipping rows of W is the faster way, by dtype, in and out; (0, 0) is the
+// default of a dtype.
+static std::map<std::tuple<int, int64_t, int64_t>, int64_t> crossover;
+// Products below which one thread is faster than waking a second.
+static int64_t serial_products = 65536;
+
+// --- memory ---
+
+// Memory of this thread that grows and is used again; 64-byte aligned.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  template <class T>
+  T* get(int64_t count) {
+    size_t bytes = (size_t(count) * sizeof(T) + 63) / 64 * 64;
+    if (bytes > bytes_) {
+      std::free(data_);
+      bytes_ = 0;
+      data_ = std::aligned_alloc(64, bytes);
+      check(data_ != nullptr, "out of memory");
+      bytes_ = bytes;
+    }
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+static float* sums_of_thread() {
+  thread_local Scratch scratch;
+  return scratch.get<float>(tile_sums + 2 * split_columns * max_tokens);
+}
+
+// --- threads ---
+
+// Run body(part) for every part in [0, parts), spread over torch's threads.
+template <class Body>
+static void parallel(int64_t parts, const Body& body) {
+  if (parts == 1) return body(0);
+  auto run = [](int64_t begin, int64_t end, void* context) {
+    for (int64_t part = begin; part < end; ++part) (*static_cast<const Body*>(context))(part);
+  };
+  call(torch.torch_parallel_for(0, parts, 1, run, const_cast<Body*>(&body)));
+}
+
+static int64_t parts_for(int64_t products) {
+  if (products < serial_products) return 1;
+  uint32_t threads = 1;
+  call(torch.torch_get_num_threads(&threads));
+  return std::max<int64_t>(1, threads);
+}
+
+// Columns [first, last) of part `part` of `parts`, in multiples of split_columns.
+static std::pair<int64_t, int64_t> share(int64_t columns, int64_t part, int64_t parts) {
+  int64_t units = (columns + split_columns - 1) / split_columns;
+  return {std::min(columns, units * part / parts * split_columns),
+          std::min(columns, units * (part + 1) / parts * split_columns)};
+}
+
+// --- arguments ---
+
+static Dtype dtype_of(const Tensor& tensor) {
+  if (tensor.dtype() == torch.aoti_torch_dtype_bfloat16()) return Dtype::bf16;
+  if (tensor.dtype() == torch.aoti_torch_dtype_float16()) return Dtype::f16;
+  if (tensor.dtype() == torch.aoti_torch_dtype_float32()) return Dtype::f32;
+  check(tensor.dtype() == torch.aoti_torch_dtype_float64(), "x must be a real floating tensor");
+  return Dtype::f64;
+}
+
+static int64_t rows_of(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+  return rows;
+}
+
+static const float* thresholds_of(const Tensor& thresholds, int64_t in) {
+  check(thresholds.dtype() == torch.aoti_torch_dtype_float32() && thresholds.dim() == 1 &&
+            thresholds.size(0) == in && (in < 2 || thresholds.stride(0) == 1),
+        "thresholds must be a contiguous float32 vector with one value for each input channel");
+  return static_cast<const float*>(thresholds.data());
+}
+
+static void check_weight(const Tensor& x, int64_t in, const Tensor& weight, const Tensor* bias) {
+  check(weight.dim() == 2 && weight.size(1) == in, "weight must have shape (out, in), in = x's");
+  check(weight.dtype() == x.dtype(), "x and weight must have one dtype");
+  if (bias != nullptr)
+    check(bias->dtype() == x.dtype() && bias->dim() == 1 && bias->size(0) == weight.size(0) &&
+              (weight.size(0) < 2 || bias->stride(0) == 1),
+          "bias must be a contiguous vector of x's dtype with one value for each output");
+}
+
+static const Tensor* bias_at(const std::vector<Tensor>& biases, size_t i) {
+  if (biases.empty() || (biases[i].dim() == 1 && biases[i].size(0) == 0)) return nullptr;
+  return &biases[i];
+}
+
+static bool is_input_major(const Tensor& weight) {
+  return weight.size(0) < 2 || weight.stride(0) == 1;
+}
+
+// Whether to skip rows of W; else the dense kernel runs on the masked x.
+static bool skips(const Tensor& x, const Tensor& weight) {
+  if (dtype_of(x) == Dtype::f64 || !is_input_major(weight)) return false;
+  int dtype = int(dtype_of(x));
+  auto found = crossover.find({dtype, weight.size(1), weight.size(0)});
+  if (found == crossover.end()) found = crossover.find({dtype, 0, 0});
+  return rows_of(x) <= (found == crossover.end() ? max_tokens : found->second);
+}
+
+static Projection projection(const Tensor& weight, const Tensor* bias, void* y) {
+  return {weight.data(), bias == nullptr ? nullptr : bias->data(), y,
+          weight.size(1), weight.size(0), weight.stride(1)};
+}
+
+static Tensor contiguous(Tensor x) {
+  if (x.is_contiguous()) return x;
+  Value stack[2] = {x.release(), 0};  // memory_format = contiguous
+  call(torch.torch_call_dispatcher("aten::contiguous", "", stack, abi_version));
+  return take_tensor(stack[0]);
+}
+
+static std::vector<int64_t> result_sizes(const Tensor& x, int64_t out) {
+  std::vector<int64_t> sizes = x.sizes();
+  sizes.back() = out;
+  return sizes;
+}
+
+// --- the dense path ---
+
+static Tensor linear(const Tensor& x, const Tensor& weight, const Tensor* bias) {
+  // An optional argument is a pointer to a value that the callee deletes, or null.
+  Value optional = bias == nullptr ? 0 : reinterpret_cast<Value>(new Value(bias->share()));
+  Value stack[3] = {x.share(), weight.share(), optional};
+  call(torch.torch_call_dispatcher("aten::linear", "", stack, abi_version));
+  return take_tensor(stack[0]);
+}
+
+static Tensor masked(const Tensor& x, const float* thresholds) {
+  Tensor result = Tensor::empty(x.sizes(), x.dtype());
+  int64_t in = x.size(-1), rows = rows_of(x), row = in * bytes_of(dtype_of(x));
+  Dtype dtype = dtype_of(x);
+  const char* from = static_cast<const char*>(x.data());
+  char* to = static_cast<char*>(result.data());
+  int64_t parts = std::min(rows, parts_for(in * rows));
+  parallel(std::max<int64_t>(parts, 1), [&](int64_t part) {
+    for (int64_t r = rows * part / parts; parts > 0 && r < rows * (part + 1) / parts; ++r)
+      kernels->drop(dtype, from + r * row, thresholds, to + r * row, in);
+  });
+  return result;
+}
+
+// --- the sparse path ---
+
+// The live channels of up to max_tokens rows for several projections of one input.
+class Lists {
+ public:
+  // Widen rows of x, shape (real, in).
+  void read(Dtype dtype, const void* x, int real, int64_t in) {
+    real_ = real, in_ = in;
+    wide_ = wide_memory().get<float>(real * in + 1);
+    kernels->widen(dtype, x, wide_, real * in);
+  }
+
+  // List the channels above each of the thresholds.
+  void compact(const std::vector<const float*>& thresholds) {
+    int tokens = real_ == 1 ? 1 : real_ == 2 ? 2 : real_ <= 4 ? 4 : 8;
+    int64_t stride = (in_ + split_columns) / 16 * 16, count = int64_t(thresholds.size());
+    int32_t* memory = list_memory().get<int32_t>(count * stride * (1 + tokens));
+    live_.clear();
+    for (int64_t i = 0; i < count; ++i) {
+      int32_t* index = memory + i * stride * (1 + tokens);
+      Live live{index, reinterpret_cast<float*>(index + stride), stride, 0, tokens};
+      kernels->compact(wide_, real_, in_, thresholds[size_t(i)], &live);
+      live_.push_back(live);
+    }
+  }
+
+  const Live& operator[](size_t i) const { return live_[i]; }
+  int real() const { return real_; }
+
+ private:
+  static Scratch& wide_memory() {
+    thread_local Scratch scratch;
+    return scratch;
+  }
+  static Scratch& list_memory() {
+    thread_local Scratch scratch;
+    return scratch;
+  }
+  int real_ = 0;
+  int64_t in_ = 0;
+  float* wide_ = nullptr;
+  std::vector<Live> live_;
+};
+
+// Compute all outputs of all projections. The outputs, laid side by side, are split into one
+// stretch for each thread, equal in products. An output is summed by one thread in the order of
+// its list, so the result does not depend on the number of threads.
+static void project_all(Dtype dtype, const std::vector<Projection>& projections,
+                        const Lists& lists) {
+  int64_t total = 0;
+  for (size_t i = 0; i < projections.size(); ++i)
+    total += (lists[i].count + 1) * projections[i].out;
+  int64_t parts = parts_for(total);
+  parallel(parts, [&](int64_t part) {
+    float* sums = sums_of_thread();
+    double begin = double(total) * part / parts, end = double(total) * (part + 1) / parts;
+    double before = 0;
+    for (size_t i = 0; i < projections.size(); ++i) {
+      const Projection& p = projections[i];
+      double weight = double(lists[i].count + 1);
+      auto column = [&](double position) {
+        double column = std::min(std::max((position - before) / weight, 0.0), double(p.out));
+        return column == double(p.out) ? p.out : int64_t(column) / split_columns * split_columns;
+      };
+      int64_t first = column(begin), last = part + 1 == parts ? p.out : column(end);
+      if (first < last) kernels->project(dtype, p, lists[i], lists.real(), first, last, sums);
+      before += weight * double(p.out);
+    }
+  });
+}
+
+static std::vector<Tensor> sparse_linears(Tensor x, const std::vector<Tensor>& weights,
+                                          const std::vector<Tensor>& thresholds,
+                                          const std::vector<Tensor>& biases) {
+  check(x.dim() >= 1, "x must have at least one dimension");
+  check(thresholds.size() == weights.size() && (biases.empty() || biases.size() == weights.size()),
+        "there must be as many thresholds, and biases if any, as weights");
+  const int64_t in = x.size(-1), rows = rows_of(x);
+  x = contiguous(std::move(x));
+  std::vector<Tensor> results(weights.size());
+  std::vector<size_t> sparse;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor* bias = bias_at(biases, i);
+    check_weight(x, in, weights[i], bias);
+    thresholds_of(thresholds[i], in);
+    if (skips(x, weights[i])) {
+      results[i] = Tensor::empty(result_sizes(x, weights[i].size(0)), x.dtype());
+      sparse.push_back(i);
+    } else {
+      results[i] = linear(masked(x, thresholds_of(thresholds[i], in)), weights[i], bias);
+    }
+  }
+  if (sparse.empty()) return results;
+  const Dtype dtype = dtype_of(x);
+  Lists lists;
+  for (int64_t row = 0; row < rows; row += max_tokens) {
+    int real = int(std::min<int64_t>(max_tokens, rows - row));
+    lists.read(dtype, static_cast<char*>(x.data()) + row * in * bytes_of(dtype), real, in);
+    std::vector<const float*> vectors;
+    std::vector<Projection> projections;
+    for (size_t i : sparse) {
+      vectors.push_back(thresholds_of(thresholds[i], in));
+      char* y = static_cast<char*>(results[i].data());
+      y += row * weights[i].size(0) * bytes_of(dtype);
+      projections.push_back(projection(weights[i], bias_at(biases, i), y));
+    }
+    lists.compact(vectors);
+    project_all(dtype, projections, lists);
+  }
+  return results;
+}
+
+static Activation activation_named(const std::string& name) {
+  if (name == "silu") return Activation::silu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "relu") return Activation::relu;
+  fail("unknown activation '" + name + "'");
+}
+
+// gate = act(gate) * up, both (rows, hidden), contiguous.
+static void activate(const Tensor& gate, const Tensor& up, Activation activation) {
+  Dtype dtype = dtype_of(gate);
+  int64_t count = rows_of(gate) * gate.size(-1), parts = parts_for(count);
+  parallel(parts, [&](int64_t part) {
+    auto [first, last] = share(count, part, parts);
+    int64_t offset = first * bytes_of(dtype);
+    kernels->activate(dtype, activation, static_cast<char*>(gate.data()) + offset,
+                      static_cast<char*>(up.data()) + offset, last - first);
+  });
+}
+
+static Tensor sparse_gated_mlp(Tensor x, const std::vector<Tensor>& weights,
+                               const std::vector<Tensor>& thresholds, Activation activation,
+                               const std::vector<Tensor>& biases) {
+  check(x.dim() >= 1, "x must have at least one dimension");
+  const Tensor &gate = weights[0], &up = weights[1], &down = weights[2];
+  const int64_t in = x.size(-1), rows = rows_of(x);
+  check_weight(x, in, gate, bias_at(biases, 0));
+  check_weight(x, in, up, bias_at(biases, 1));
+  const int64_t hidden = gate.size(0);
+  check(up.size(0) == hidden, "gate and up must have one shape");
+  check_weight(x, hidden, down, bias_at(biases, 2));
+  const float* vectors[] = {thresholds_of(thresholds[0], in), thresholds_of(thresholds[1], in),
+                            thresholds_of(thresholds[2], hidden)};
+  x = contiguous(std::move(x));
+  if (!skips(x, gate) || !skips(x, up) || !skips(x, down)) {
+    Tensor a = contiguous(linear(masked(x, vectors[0]), gate, bias_at(biases, 0)));
+    Tensor b = contiguous(linear(masked(x, vectors[1]), up, bias_at(biases, 1)));
+    activate(a, b, activation);
+    return linear(masked(a, vectors[2]), down, bias_at(biases, 2));
+  }
+  const Dtype dtype = dtype_of(x);
+  const int64_t width = bytes_of(dtype);
+  Tensor result = Tensor::empty(result_sizes(x, down.size(0)), x.dtype());
+  thread_local Scratch scratch;
+  Lists lists;
+  for (int64_t row = 0; row < rows; row += max_tokens) {
+    int real = int(std::min<int64_t>(max_tokens, rows - row));
+    lists.read(dtype, static_cast<char*>(x.data()) + row * in * width, real, in);
+    lists.compact({vectors[0], vectors[1]});
+    char* a = scratch.get<char>(2 * real * hidden * width + 1);
+    char* b = a + real * hidden * width;
+    Projection to_a = projection(gate, bias_at(biases, 0), a);
+    Projection to_b = projection(up, bias_at(biases, 1), b);
+    int64_t parts = parts_for((lists[0].count + lists[1].count) * hidden);
+    parallel(parts, [&](int64_t part) {
+      float* sums = sums_of_thread();
+      auto [first, last] = share(hidden, part, parts);
+      if (first == last) return;
+      kernels->project(dtype, to_a, lists[0], real, first, last, sums);
+      kernels->project(dtype, to_b, lists[1], real, first, last, sums);
+      for (int token = 0; token < real; ++token) {
+        int64_t offset = (token * hidden + first) * width;
+        kernels->activate(dtype, activation, a + offset, b + offset, last - first);
+      }
+    });
+    lists.read(dtype, a, real, hidden);
+    lists.compact({vectors[2]});
+    char* y = static_cast<char*>(result.data()) + row * down.size(0) * width;
+    project_all(dtype, {projection(down, bias_at(biases, 2), y)}, lists);
+  }
+  return result;
+}
+
+// --- as torch calls them: the arguments on a stack, replaced by the results ---
+
+static std::vector<Tensor> take_each(Value* stack, int begin, int end) {
+  std::vector<Tensor> tensors;
+  for (int i = begin; i < end; ++i) tensors.push_back(take_tensor(stack[i]));
+  return tensors;
+}
+
+static void call_linear(Value* stack, uint64_t, uint64_t) {
+  Tensor x = take_tensor(stack[0]);
+  std::vector<Tensor> weights = take_each(stack, 1, 2), thresholds = take_each(stack, 2, 3);
+  std::vector<Tensor> biases = take_tensors(stack[3]);
+  stack[0] = sparse_linears(std::move(x), weights, thresholds, biases)[0].release();
+}
+
+static void call_linears(Value* stack, uint64_t, uint64_t) {
+  Tensor x = take_tensor(stack[0]);
+  std::vector<Tensor> weights = take_tensors(stack[1]), thresholds = take_tensors(stack[2]);
+  std::vector<Tensor> biases = take_tensors(stack[3]);
+  stack[0] = give_tensors(sparse_linears(std::move(x), weights, thresholds, biases));
+}
+
+static void call_gated_mlp(Value* stack, uint64_t, uint64_t) {
+  Tensor x = take_tensor(stack[0]);
+  std::vector<Tensor> weights = take_each(stack, 1, 4), thresholds = take_each(stack, 4, 7);
+  std::string activation = take_string(stack[7]);
+  std::vector<Tensor> biases = take_tensors(stack[8]);
+  check(biases.empty() || biases.size() == 3, "biases must be none or three");
+  stack[0] = sparse_gated_mlp(std::move(x), weights, thresholds, activation_named(activation),
+                              biases)
+                 .release();
+}
+
+static std::vector<const Kernels*> instruction_sets() {
+  std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    found.push_back(&avx512);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2);
+#endif
+  found.push_back(&portable);
+  return found;
+}
+
+}  // namespace wina
+
+#define WINA_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Register the operators' CPU implementations, with torch's functions as `find` gives them by
+// name. Return null, or what went wrong.
+WINA_EXPORT const char* wina_register(void* (*find)(const char*)) {
+  using namespace wina;
+#define WINA_FIND(name, ...)                                            \
+  torch.name = reinterpret_cast<decltype(torch.name)>(find(#name));     \
+  if (torch.name == nullptr) return "this torch lacks the function " #name;
+  WINA_TORCH_CONSTANTS(WINA_FIND)
+  WINA_TORCH_FUNCTIONS(WINA_FIND)
+#undef WINA_FIND
+  kernels = instruction_sets().front();
+  Handle library = nullptr;  // lives as long as the process
+  if (torch.aoti_torch_library_init_impl("wina", "CPU", __FILE__, __LINE__, &library) ||
+      torch.torch_library_impl(library, "sparse_linear", call_linear, abi_version) ||
+      torch.torch_library_impl(library, "sparse_linears", call_linears, abi_version) ||
+      torch.torch_library_impl(library, "sparse_gated_mlp", call_gated_mlp, abi_version))
+    return "torch refused the operators";
+  return nullptr;
+}
+
+// The name of the instruction set in use.
+WINA_EXPORT const char* wina_instruction_set() { return wina::kernels->name; }
+
+// Use an instruction set that this processor has; return 0 if it has none of that name.
+WINA_EXPORT int wina_use_instruction_set(const char* name) {
+  for (const wina::Kernels* candidate : wina::instruction_sets()) {
+    if (std::strcmp(candidate->name, name) == 0) {
+      wina::kernels = candidate;
+      return 1;
+    }
+  }
+  return 0;
+}
+
+WINA_EXPORT void wina_set_crossover(int dtype, int64_t in, int64_t out, int64_t rows) {
+  wina::crossover[{dtype, in, out}] = rows;
+}
+
+WINA_EXPORT void wina_set_serial_products(int64_t products) { wina::serial_products = products; }
+
+// Read all of `data` with torch's threads, once; `seen` keeps the reads alive.
+WINA_EXPORT uint32_t wina_stream(const void* data, int64_t bytes) {
+  using namespace wina;
+  int64_t parts = parts_for(bytes);
+  std::vector<uint32_t> seen(size_t(parts) * 16);
+  parallel(parts, [&](int64_t part) {
+    int64_t begin = bytes / 64 * part / parts * 64, end = bytes / 64 * (part + 1) / parts * 64;
+    seen[size_t(part) * 16] = kernels->stream(static_cast<const char*>(data) + begin, end - begin);
+  });
+  uint32_t all = 0;
+  for (uint32_t one : seen) all ^= one;
+  return all;
+}
+
+// Ask for huge pages in memory that was not written yet: fewer misses in the address translation
+// when rows are skipped.
+WINA_EXPORT void wina_advise_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  const uintptr_t page = 4096;
+  uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
