@@ -11,6 +11,7 @@ from wina.api import calibrate, densify, sparsify
 from wina.calibration import Calibration
 from wina.errors import UsageError, WinaError
 from wina.integrations import hf as _hf
+from wina.layers import lay_out_for_decode
 from wina.plan import Plan
 
 __version__ = version("wina")
@@ -21,6 +22,7 @@ __all__ = [
     "WinaError",
     "calibrate",
     "densify",
+    "lay_out_for_decode",
     "sparsify",
 ]
 

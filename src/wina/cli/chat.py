@@ -11,6 +11,7 @@ from wina.cli import options
 from wina.cli.run import MaxNewTokens, Temperature, TopP, streamer
 from wina.errors import UsageError
 from wina.generation import Sampling, encode_chat, generate
+from wina.layers import lay_out_for_decode
 from wina.models import identify
 from wina.progress import console
 
@@ -54,6 +55,7 @@ def chat(
         loaded, found, statistics, sparsity, method, allocation, selection, include_head, seed
     )
     sparsify(loaded.model, found, check=False)
+    lay_out_for_decode(loaded.model)
 
     messages = [] if system is None else [{"role": "system", "content": system}]
     for turn in range(1_000_000):

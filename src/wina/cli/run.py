@@ -18,6 +18,7 @@ from wina.api import densify, sparsify
 from wina.cli import options
 from wina.errors import UsageError
 from wina.generation import Generation, Sampling, encode_prompt, generate
+from wina.layers import lay_out_for_decode
 from wina.measures import score_plan
 from wina.models import LoadedModel, identify, start_ids
 from wina.plan import Plan
@@ -96,6 +97,7 @@ def run(
     dense = answer(stream=False) if compare else None
     quality = _quality(loaded, found) if perplexity else None
     sparsify(loaded.model, found, check=False)
+    lay_out_for_decode(loaded.model)
     sparse = answer(stream=not (compare or as_json))
     densify(loaded.model)
 

@@ -1,5 +1,6 @@
 """Sparse layers: linears that skip the input channels which a plan's thresholds drop."""
 
+from wina.layers.layout import lay_out_for_decode
 from wina.layers.linear import SparseConv1D, SparseLayer, SparseLinear, sparse_layers
 from wina.layers.phase import Phase
 from wina.layers.scoring import SparsityCounter, scoring
@@ -12,6 +13,7 @@ __all__ = [
     "SparseLinear",
     "SparsityCounter",
     "densify",
+    "lay_out_for_decode",
     "phase_of",
     "scoring",
     "sparse_layers",

@@ -186,6 +186,9 @@ def make_dense(module: SparseLayer) -> None:
     del module.sparse_bias
     for name in ("selection", "keep", "phase", "active"):
         delattr(module, name)
+    weight = module.get_parameter("weight")
+    if not weight.is_contiguous():  # see wina.layers.layout
+        weight.data = weight.data.contiguous()
     module.__class__ = module.dense_class  # type: ignore[assignment]
 
 

@@ -1,0 +1,35 @@
+"""The layout of weights in memory that decoding wants: input-major.
+
+A kernel that skips dropped channels reads W by input channel, so a channel's weights should lie
+together. The shape, name and values of a weight stay; only its strides change, and weights are in
+memory once. Making the model dense again restores the usual layout.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from wina.kernels import available_backends
+from wina.kernels.cpu.library import input_major
+from wina.layers.linear import SparseLayer, matrix, sparse_layers
+
+
+def lay_out_for_decode(model: nn.Module) -> None:
+    """Store the sparse layers' weights input-major, in place, where a kernel gains by it.
+
+    That is on the CPU, with the compiled kernels. One layer's weight is copied at a time.
+
+    Args:
+        model: sparse.
+    """
+    if "cpu" not in available_backends():
+        return
+    for _, layer in sparse_layers(model):
+        if layer.active and layer.keep is None and matrix(layer).device.type == "cpu":
+            _store(layer)
+
+
+def _store(layer: SparseLayer) -> None:
+    weight = layer.get_parameter("weight")
+    if matrix(layer).stride(0) != 1:
+        weight.data = input_major(weight.data)

@@ -1,0 +1,45 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import wina
+from tests.helpers import make_plan
+from wina.kernels import available_backends
+from wina.layers import sparse_layers
+
+needs_kernels = pytest.mark.skipif(
+    "cpu" not in available_backends(), reason="the compiled CPU kernels were not built"
+)
+
+
+def prefill_and_step(model: PreTrainedModel) -> torch.Tensor:
+    ids = torch.arange(9)[None] + 5
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        return model(torch.tensor([[7]]), past_key_values=cache).logits
+
+
+@needs_kernels
+def test_input_major_weights_give_the_same_function(each_model: PreTrainedModel) -> None:
+    before = {name: value.clone() for name, value in each_model.state_dict().items()}
+    strides = {name: value.stride() for name, value in each_model.named_parameters()}
+    wina.sparsify(each_model, make_plan(each_model, 0.5), check=False)
+    wanted = prefill_and_step(each_model)
+    wina.lay_out_for_decode(each_model)
+    for _, layer in sparse_layers(each_model):
+        matrix = layer.weight.t() if "Conv1D" in type(layer).__name__ else layer.weight
+        assert matrix.stride(0) == 1
+    torch.testing.assert_close(prefill_and_step(each_model), wanted, atol=1e-4, rtol=1e-4)
+    wina.densify(each_model)
+    assert strides == {name: value.stride() for name, value in each_model.named_parameters()}
+    assert all(torch.equal(value, before[name]) for name, value in each_model.state_dict().items())
+
+
+@needs_kernels
+def test_input_major_models_save_and_load(model: PreTrainedModel, tmp_path: object) -> None:
+    wina.sparsify(model, make_plan(model, 0.5), check=False)
+    wanted = prefill_and_step(model)
+    wina.lay_out_for_decode(model)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(prefill_and_step(again), wanted, atol=1e-4, rtol=1e-4)
