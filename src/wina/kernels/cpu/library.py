@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,8 @@ from wina.errors import UsageError
 
 NAME = "libwina_cpu"
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
-PATH = Path(__file__).with_name(NAME + SUFFIX)
+# WINA_CPU_LIBRARY names another build of it, for instance one with sanitizers.
+PATH = Path(os.environ.get("WINA_CPU_LIBRARY") or Path(__file__).with_name(NAME + SUFFIX))
 TORCH_LIBRARY = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(
     sys.platform, "libtorch_cpu.so"
 )
