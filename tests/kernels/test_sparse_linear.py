@@ -43,7 +43,7 @@ def has(name: str) -> bool:
         return False
 
 
-INSTRUCTION_SETS = [name for name in ("portable", "avx2", "avx512") if has(name)]
+INSTRUCTION_SETS = [name for name in ("portable", "avx2", "avx512", "avx512_bf16") if has(name)]
 
 
 @contextmanager

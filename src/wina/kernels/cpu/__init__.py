@@ -1,11 +1,32 @@
 """The CPU backend: compiled kernels that skip the rows of dropped channels."""
 
+from functools import cache
+
+from wina.kernels.cpu import library
+from wina.kernels.cpu.crossover import load_crossover, measure_crossover
 from wina.kernels.cpu.library import (
     input_major,
     instruction_set,
-    load,
+    set_crossover,
     stream,
     use_instruction_set,
 )
 
-__all__ = ["input_major", "instruction_set", "load", "stream", "use_instruction_set"]
+__all__ = [
+    "input_major",
+    "instruction_set",
+    "load",
+    "measure_crossover",
+    "set_crossover",
+    "stream",
+    "use_instruction_set",
+]
+
+
+@cache
+def load() -> str | None:
+    """Register the kernels with this machine's crossover; return None, or why they cannot run."""
+    reason = library.load()
+    if reason is None:
+        load_crossover()
+    return reason

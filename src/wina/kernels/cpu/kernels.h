@@ -43,8 +43,8 @@ struct Kernels {
   // List the channels of wide (real, in) that are not below the thresholds, in `live`, whose
   // pointers, stride and tokens are set; real <= live.tokens.
   void (*compact)(const float* wide, int real, int64_t in, const float* thresholds, Live* live);
-  // y[token, begin:end] = sum over live channels, + bias; sums has room for tile_sums floats and
-  // is aligned to 64 bytes. begin is a multiple of split_columns.
+  // y[token, begin:end] = sum over live channels, + bias; sums has room for tile_sums + 128 *
+  // max_tokens floats and is aligned to 64 bytes. begin is a multiple of split_columns.
   void (*project)(Dtype, const Projection&, const Live&, int real, int64_t begin, int64_t end,
                   float* sums);
   // gate = act(gate) * up, rounded to the dtype after the activation and after the product.
@@ -57,7 +57,7 @@ struct Kernels {
 
 extern const Kernels portable;
 #if defined(__x86_64__)
-extern const Kernels avx2, avx512;
+extern const Kernels avx2, avx512, avx512_bf16;
 #endif
 
 }  // namespace wina

@@ -58,6 +58,9 @@ WINA_INLINE void store_part(S* to, Pair value, int64_t n) {
 
 // --- sums over live rows ---
 
+// Between the sums of two tokens, so that they do not compete for one set of the cache.
+constexpr int64_t sums_gap = 80;
+
 // Add `rows` live rows, from number k on, to the sums of `columns` outputs from `begin` on. The
 // rows that follow are fetched meanwhile: a live row is short, and a hardware prefetcher needs
 // some lines of it before it starts. `whole` is false for a last, incomplete block.
@@ -85,7 +88,7 @@ WINA_INLINE void add_rows(const Projection& p, const Live& live, int64_t k, int6
         for (int64_t byte = 0; byte < int64_t(block * sizeof(S)); byte += 64)
           __builtin_prefetch(reinterpret_cast<const char*>(next[r] + c) + byte, 0, 2);
       }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int t = 0; t < tokens; ++t) {
         float x = live.values[t * live.stride + k + r];
         a[t] += x * w.a;
@@ -122,7 +125,7 @@ template <class S, int tokens>
 WINA_TARGET static void project_tile(const Projection& p, const Live& live, int real,
                                      int64_t begin, int64_t end, float* sums) {
   int64_t columns = end - begin, rest = columns % block, full = columns - rest;
-  int64_t stride = full + (rest ? block : 0);
+  int64_t stride = full + (rest ? block : 0) + sums_gap;
   std::memset(sums, 0, tokens * stride * sizeof(float));
   add_all<S, tokens, true>(p, live, begin, full, sums, stride);
   if (rest) add_all<S, tokens, false>(p, live, begin + full, rest, sums + full, stride);
@@ -140,12 +143,22 @@ WINA_TARGET static void project_tile(const Projection& p, const Live& live, int 
   }
 }
 
+#ifdef WINA_DOT
+#include "dot_avx512.h"
+#endif
+
 template <class S>
 WINA_TARGET static void project_columns(const Projection& p, const Live& live, int real,
                                         int64_t begin, int64_t end, float* sums) {
   const int64_t tile = live.tokens == 1 ? tile_sums / 2 : tile_sums / live.tokens;
   for (int64_t c = begin; c < end; c += tile) {
     int64_t stop = c + tile < end ? c + tile : end;
+#ifdef WINA_DOT
+    if (std::is_same<S, Brain>::value && live.tokens == 8) {  // slower than the other for less
+      project_tile_dot<8>(p, live, real, c, stop, sums);
+      continue;
+    }
+#endif
     switch (live.tokens) {
       case 1: project_tile<S, 1>(p, live, real, c, stop, sums); break;
       case 2: project_tile<S, 2>(p, live, real, c, stop, sums); break;

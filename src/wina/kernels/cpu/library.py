@@ -27,6 +27,7 @@ PATH = Path(os.environ.get("WINA_CPU_LIBRARY") or Path(__file__).with_name(NAME 
 TORCH_LIBRARY = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(
     sys.platform, "libtorch_cpu.so"
 )
+DTYPES = ("float32", "float16", "bfloat16")  # in the order of the library's enum
 _FIND = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)
 _log = logging.getLogger(__name__)
 
@@ -86,13 +87,25 @@ def input_major(weight: torch.Tensor) -> torch.Tensor:
     return rows.copy_(weight.t()).t()
 
 
+def set_crossover(dtype: torch.dtype, inputs: int, outputs: int, rows: int) -> None:
+    """Skip rows of weights of this shape and dtype up to so many rows of x; else compute densely.
+
+    Raises:
+        UsageError: the dtype is none of ``DTYPES``.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UsageError(f"the kernels know {', '.join(DTYPES)}, not {name}")
+    _library().wina_set_crossover(DTYPES.index(name), inputs, outputs, rows)
+
+
 def stream(data: torch.Tensor) -> None:
     """Read a contiguous tensor's memory once with torch's threads: the bandwidth probe."""
     _library().wina_stream(data.data_ptr(), data.numel() * data.element_size())
 
 
 def instruction_set() -> str:
-    """Return the instruction set that the kernels use: portable, avx2, avx512."""
+    """Return the instruction set that the kernels use: portable, avx2, avx512, avx512_bf16."""
     name: bytes = _library().wina_instruction_set()
     return name.decode()
 

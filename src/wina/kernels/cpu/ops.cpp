@@ -21,8 +21,9 @@ static const Kernels* kernels = &portable;
 // --- settings, written by wina.kernels.cpu before the operators run ---
 
 // Rows of x up to which skipping rows of W is the faster way, by dtype, in and out; (0, 0) is the
-// default of a dtype.
+// default of a dtype, if set.
 static std::map<std::tuple<int, int64_t, int64_t>, int64_t> crossover;
+constexpr int64_t default_crossover = 32;
 // Products below which one thread is faster than waking a second.
 static int64_t serial_products = 65536;
 
@@ -52,7 +53,7 @@ class Scratch {
 
 static float* sums_of_thread() {
   thread_local Scratch scratch;
-  return scratch.get<float>(tile_sums + 2 * split_columns * max_tokens);
+  return scratch.get<float>(tile_sums + 128 * max_tokens);
 }
 
 // --- threads ---
@@ -128,7 +129,7 @@ static bool skips(const Tensor& x, const Tensor& weight) {
   int dtype = int(dtype_of(x));
   auto found = crossover.find({dtype, weight.size(1), weight.size(0)});
   if (found == crossover.end()) found = crossover.find({dtype, 0, 0});
-  return rows_of(x) <= (found == crossover.end() ? max_tokens : found->second);
+  return rows_of(x) <= (found == crossover.end() ? default_crossover : found->second);
 }
 
 static Projection projection(const Tensor& weight, const Tensor* bias, void* y) {
@@ -396,8 +397,10 @@ static std::vector<const Kernels*> instruction_sets() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16);
     found.push_back(&avx512);
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2);
 #endif
   found.push_back(&portable);

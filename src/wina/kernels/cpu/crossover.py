@@ -1,0 +1,131 @@
+"""Up to how many rows (tokens) skipping rows of W beats the dense kernel on the masked input.
+
+Without a measurement the compiled default holds: 32 rows, where the two meet for a weight stored
+input-major (docs/kernels.md). ``measure_crossover`` replaces it for this machine, thread count and
+shape; the result is kept in the cache folder and read when the backend is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from wina.files import cache_dir, write_text
+from wina.kernels import reference
+from wina.kernels.cpu.library import DTYPES, input_major, instruction_set, set_crossover
+
+ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+_NEVER, _ALWAYS = 0, 1 << 40
+
+
+def measure_crossover(
+    shapes: Iterable[tuple[int, int]],
+    dtype: torch.dtype = torch.bfloat16,
+    sparsity: float = 0.5,
+    repeats: int = 7,
+) -> dict[tuple[int, int], int]:
+    """Measure, use from now on and store the crossover of each shape; about a second a shape.
+
+    The masks are random and differ between tokens, which is the worst case for skipping.
+
+    Args:
+        shapes: (in_features, out_features) of weights.
+        dtype: float32, float16 or bfloat16.
+        sparsity: share of the channels that each token drops.
+        repeats: timings of each row count; the median counts.
+
+    Returns:
+        For each shape the largest row count of ``ROWS`` up to which skipping was no slower.
+    """
+    found = {}
+    for inputs, outputs in dict.fromkeys(shapes):
+        set_crossover(dtype, inputs, outputs, _ALWAYS)
+        found[inputs, outputs] = _measure(inputs, outputs, dtype, sparsity, repeats)
+        set_crossover(dtype, inputs, outputs, found[inputs, outputs])
+    _store(dtype, found)
+    return found
+
+
+def load_crossover() -> None:
+    """Use the stored measurements of this machine and thread count, if any."""
+    for name, shapes in _read(_path()).items():
+        for shape, rows in shapes.items():
+            inputs, outputs = (int(size) for size in shape.split("x"))
+            set_crossover(getattr(torch, name), inputs, outputs, rows)
+
+
+def _measure(inputs: int, outputs: int, dtype: torch.dtype, sparsity: float, repeats: int) -> int:
+    weight = input_major(torch.randn(outputs, inputs).to(dtype))
+    thresholds = torch.full((inputs,), sparsity)
+    best = _NEVER
+    for rows in ROWS:
+        x = torch.rand(rows, inputs).to(dtype)
+        sparse, dense = [], []
+        for _ in range(repeats):
+            sparse.append(_seconds_sparse(x, weight, thresholds))
+            dense.append(_seconds_dense(x, weight, thresholds))
+        if sorted(sparse)[repeats // 2] > sorted(dense)[repeats // 2]:
+            break
+        best = rows
+    return best
+
+
+def _seconds_sparse(x: Tensor, weight: Tensor, thresholds: Tensor) -> float:
+    start = time.perf_counter()
+    torch.ops.wina.sparse_linear(x, weight, thresholds, [])
+    return time.perf_counter() - start
+
+
+def _seconds_dense(x: Tensor, weight: Tensor, thresholds: Tensor) -> float:
+    start = time.perf_counter()
+    functional.linear(reference.drop(x, thresholds), weight)
+    return time.perf_counter() - start
+
+
+def _path() -> Path:
+    facts = (
+        platform.machine(),
+        _processor(),
+        instruction_set(),
+        torch.__version__,
+        torch.get_num_threads(),
+    )
+    key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    return cache_dir() / "crossover" / f"{key}.json"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _read(path: Path) -> dict[str, dict[str, int]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            str(name): {str(shape): int(rows) for shape, rows in shapes.items()}
+            for name, shapes in content.items()
+            if str(name) in DTYPES
+        }
+    except (OSError, ValueError, AttributeError):
+        return {}  # absent or damaged: the default serves until the next measurement
+
+
+def _store(dtype: torch.dtype, found: dict[tuple[int, int], int]) -> None:
+    path = _path()
+    content = _read(path)
+    name = str(dtype).removeprefix("torch.")
+    shapes = content.setdefault(name, {})
+    shapes.update({f"{inputs}x{outputs}": rows for (inputs, outputs), rows in found.items()})
+    write_text(path, json.dumps(content, indent=1))

@@ -1,0 +1,98 @@
+// Several tokens, bfloat16: dot products of pairs, with half the instructions of the general way.
+// Included by kernels_body.h inside the namespace.
+//
+// Two rows of W are interleaved, so that a 32-bit lane holds the weights of one column in both;
+// the instruction multiplies them with a token's two values and adds both to the column's sum.
+// A register of sums then holds columns 0-3, 8-11, 16-19, 24-27 of a block, and its fellow the
+// others. The instruction takes subnormal inputs as zero.
+
+template <int tokens, int pairs, bool whole>
+WINA_INLINE void add_pairs(const Projection& p, const Live& live, int64_t k, int64_t begin,
+                           int64_t columns, float* sums, int64_t stride) {
+  const Brain* weight = static_cast<const Brain*>(p.weight) + begin;
+  const Brain* row[2 * pairs];
+  const Brain* next[2 * pairs];
+  alignas(64) uint32_t x[tokens][pairs] = {};
+  for (int r = 0; r < 2 * pairs; ++r) {
+    // A last row without a fellow is paired with itself, with values of 0.
+    int64_t here = k + r < live.count ? k + r : live.count - 1;
+    int64_t after = k + r + 2 * pairs < live.count ? k + r + 2 * pairs : here;
+    row[r] = weight + live.index[here] * p.row;
+    next[r] = weight + live.index[after] * p.row;
+    for (int t = 0; t < tokens && k + r < live.count; ++t) {
+      uint32_t bits = read<uint32_t>(live.values + t * live.stride + k + r) >> 16;
+      x[t][r / 2] |= bits << (16 * (r % 2));
+    }
+  }
+  const __mmask32 mask = (__mmask32(1) << (columns % block)) - 1;
+  for (int64_t c = 0; c < columns; c += block) {
+    __m512 a[tokens], b[tokens];
+    for (int t = 0; t < tokens; ++t) {
+      a[t] = _mm512_loadu_ps(sums + t * stride + c);
+      b[t] = _mm512_loadu_ps(sums + t * stride + c + lanes);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < pairs; ++i) {
+      __m512i even = whole ? _mm512_loadu_si512(row[2 * i] + c)
+                           : _mm512_maskz_loadu_epi16(mask, row[2 * i] + c);
+      __m512i odds = whole ? _mm512_loadu_si512(row[2 * i + 1] + c)
+                           : _mm512_maskz_loadu_epi16(mask, row[2 * i + 1] + c);
+      if (whole) {
+        __builtin_prefetch(next[2 * i] + c, 0, 2);
+        __builtin_prefetch(next[2 * i + 1] + c, 0, 2);
+      }
+      __m512bh low = (__m512bh)_mm512_unpacklo_epi16(even, odds);
+      __m512bh high = (__m512bh)_mm512_unpackhi_epi16(even, odds);
+#pragma GCC unroll 16
+      for (int t = 0; t < tokens; ++t) {
+        __m512bh both = (__m512bh)_mm512_set1_epi32(int(x[t][i]));
+        a[t] = _mm512_dpbf16_ps(a[t], low, both);
+        b[t] = _mm512_dpbf16_ps(b[t], high, both);
+      }
+    }
+    for (int t = 0; t < tokens; ++t) {
+      _mm512_storeu_ps(sums + t * stride + c, a[t]);
+      _mm512_storeu_ps(sums + t * stride + c + lanes, b[t]);
+    }
+  }
+}
+
+template <int tokens, bool whole>
+WINA_INLINE void add_all_pairs(const Projection& p, const Live& live, int64_t begin,
+                               int64_t columns, float* sums, int64_t stride) {
+  int64_t k = 0;
+  for (; k + WINA_DOT <= live.count; k += WINA_DOT)
+    add_pairs<tokens, WINA_DOT / 2, whole>(p, live, k, begin, columns, sums, stride);
+  for (; k < live.count; k += 2)
+    add_pairs<tokens, 1, whole>(p, live, k, begin, columns, sums, stride);
+}
+
+template <int tokens>
+WINA_TARGET static void project_tile_dot(const Projection& p, const Live& live, int real,
+                                         int64_t begin, int64_t end, float* sums) {
+  int64_t columns = end - begin, rest = columns % block, full = columns - rest;
+  int64_t stride = full + (rest ? block : 0) + sums_gap;
+  std::memset(sums, 0, tokens * stride * sizeof(float));
+  add_all_pairs<tokens, true>(p, live, begin, full, sums, stride);
+  if (rest) add_all_pairs<tokens, false>(p, live, begin + full, rest, sums + full, stride);
+  const Brain* bias = static_cast<const Brain*>(p.bias);
+  for (int t = 0; t < real; ++t) {
+    Brain* y = static_cast<Brain*>(p.y) + t * p.out + begin;
+    for (int64_t c = 0; c < columns; c += block) {
+      int64_t n = columns - c < block ? columns - c : int64_t(block);
+      const __mmask32 mask = n == block ? ~__mmask32(0) : (__mmask32(1) << n) - 1;
+      __m512i b = bias == nullptr ? _mm512_setzero_si512()
+                                  : _mm512_maskz_loadu_epi16(mask, bias + begin + c);
+      __m512i zero = _mm512_setzero_si512();
+      Floats low = read<Floats>(sums + t * stride + c);
+      Floats high = read<Floats>(sums + t * stride + c + lanes);
+      if (bias != nullptr) {
+        low += (Floats)_mm512_unpacklo_epi16(zero, b);
+        high += (Floats)_mm512_unpackhi_epi16(zero, b);
+      }
+      __m512i rounded = _mm512_packus_epi32((__m512i)(round_brain(low) >> 16),
+                                            (__m512i)(round_brain(high) >> 16));
+      _mm512_mask_storeu_epi16(y + c, mask, rounded);
+    }
+  }
+}

@@ -1,0 +1,107 @@
+"""Building, loading and tuning the compiled library."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from wina.errors import UsageError
+from wina.kernels import available_backends, cpu
+from wina.kernels.cpu import crossover
+
+ROOT = Path(__file__).parents[2]
+compiled = pytest.mark.skipif(
+    "cpu" not in available_backends(), reason="the compiled kernels were not built"
+)
+
+
+def test_without_the_library_the_reference_serves_and_says_so_once(tmp_path: Path) -> None:
+    code = (
+        "import torch, wina.kernels as k\n"
+        "assert k.available_backends() == ('reference',)\n"
+        "x = torch.randn(2, 8); w = torch.randn(4, 8)\n"
+        "for _ in range(2):\n"
+        "    assert torch.equal(k.sparse_linear(x, w, torch.zeros(8)), x @ w.t())\n"
+        "try:\n"
+        "    with k.use_backend('cpu'): pass\n"
+        "except ValueError as error: print(error)\n"
+    )
+    environment = dict(os.environ, WINA_CPU_LIBRARY=str(tmp_path / "missing.so"))
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("using the slow reference") == 1
+    assert "missing.so was not built" in done.stdout
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+def test_building_without_a_compiler_succeeds(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "src/wina/kernels", tmp_path / "src/wina/kernels")
+    for built in (tmp_path / "src/wina/kernels/cpu").glob("libwina_cpu.*"):
+        built.unlink()
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build"],
+        cwd=tmp_path,
+        env=dict(os.environ, CC="no-such-compiler", CXX="no-such-compiler"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "build").rglob("library.py"))
+    assert not list((tmp_path / "build").rglob("libwina_cpu.*"))
+
+
+@compiled
+def test_crossover_is_measured_once_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WINA_CACHE", str(tmp_path))
+    monkeypatch.setattr(crossover, "ROWS", (1, 2))
+    found = cpu.measure_crossover([(64, 96), (64, 96)], torch.float32, repeats=3)
+    assert set(found) == {(64, 96)}
+    assert found[64, 96] in (0, 1, 2)
+    (path,) = tmp_path.rglob("*.json")
+    assert '"64x96"' in path.read_text()
+    path.write_text("{", encoding="utf-8")
+    crossover.load_crossover()  # a damaged file is no error
+    with pytest.raises(UsageError, match="float64"):
+        cpu.set_crossover(torch.float64, 1, 1, 1)
+
+
+@compiled
+def test_above_the_crossover_the_dense_path_agrees() -> None:
+    from wina.kernels import reference, sparse_gated_mlp, sparse_linears
+
+    x = torch.randn(5, 72)
+    weight = cpu.input_major(torch.randn(72, 72))
+    thresholds = torch.rand(72)
+    try:
+        cpu.set_crossover(torch.float32, 72, 72, 4)
+        dense = sparse_gated_mlp(x, *[weight] * 3, *[thresholds] * 3)
+        pair = sparse_linears(x, [weight] * 2, [thresholds] * 2)
+    finally:
+        cpu.set_crossover(torch.float32, 72, 72, 32)
+    expected = reference.sparse_gated_mlp(x, *[weight] * 3, *[thresholds] * 3)
+    torch.testing.assert_close(dense, expected, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(pair[1], reference.sparse_linear(x, weight, thresholds))
+
+
+@compiled
+def test_instruction_sets() -> None:
+    assert cpu.instruction_set() in ("portable", "avx2", "avx512", "avx512_bf16")
+    with cpu.use_instruction_set("portable"):
+        assert cpu.instruction_set() == "portable"
+    with pytest.raises(UsageError, match="mmx"), cpu.use_instruction_set("mmx"):
+        pass
