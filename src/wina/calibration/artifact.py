@@ -111,13 +111,19 @@ class Calibration:
             raise UsageError("the calibrated model has no linear output head to include")
         return [x for x in self.statistics if include_head or x.site.block is not None]
 
-    def windows(self, held_out: bool = False) -> list[Tensor]:
-        """Return the windows of calibration, or of held-out, text; each int64, (1, positions)."""
+    def windows(self, held_out: bool = False, limit: int | None = None) -> list[Tensor]:
+        """Return windows of calibration, or of held-out, text; each int64, (1, positions).
+
+        Args:
+            held_out: of the held-out text.
+            limit: the first so many only.
+        """
         document = self.document
         first, count = (document.tokens, document.held_out) if held_out else (0, document.tokens)
+        offsets = range(0, count - document.window + 1, document.window)[:limit]
         return [
             window_ids(self.tokens, document.start, first + offset, document.window)
-            for offset in range(0, count - document.window + 1, document.window)
+            for offset in offsets
         ]
 
     def plan(

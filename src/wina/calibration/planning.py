@@ -175,7 +175,7 @@ def _recollected(
         linear.site.name: criterion.scale(linear.facts).float().to(model.device)
         for linear in statistics
     }
-    windows = calibration.windows()[: max(1, REFINE_TOKENS // calibration.document.window)]
+    windows = calibration.windows(limit=max(1, REFINE_TOKENS // calibration.document.window))
     sums: Sums = {}
     with scoring(model, plan, skip):
         for ids in track(windows, "refining", len(windows)):
@@ -197,6 +197,6 @@ def _greedy(
     model: PreTrainedModel,
 ) -> Tensor:
     count = max(1, GREEDY_TOKENS // calibration.document.window)
-    ids = torch.cat(calibration.windows()[:count])[:, :GREEDY_TOKENS].to(model.device)
+    ids = torch.cat(calibration.windows(limit=count))[:, :GREEDY_TOKENS].to(model.device)
     prefix = calibration.document.dense_prefix
     return allocate_greedily(model, ids, statistics, criterion, selection, target, prefix)

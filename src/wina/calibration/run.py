@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -185,15 +185,17 @@ def calibrate(
             linears=[SiteRecord(**asdict(site)) for site in sites],
             versions=versions(),
         )
-        used = np.array(tokens[: calibration_tokens + held_out])
+        # Mapped, not read: memory does not grow with the text.
+        used = tokens[: calibration_tokens + held_out]
         calibration = Calibration(document, to_statistics(sites, norms, state.sums), used)
         if settings.gradient and settings.verdict:
             verdict = judge(calibration, model)
             document = document.model_copy(update={"verdict": verdict})
             calibration = Calibration(document, calibration.statistics, used)
-        if output is not None:
-            calibration.save(output)
-    return calibration
+        if output is None:
+            return replace(calibration, tokens=np.array(used))
+        calibration.save(output)
+    return Calibration.load(output)
 
 
 def _sites(model: PreTrainedModel) -> list[Site]:

@@ -119,14 +119,11 @@ def _numbers(text: str) -> list[float]:
 
 
 def _show(result: Evaluation) -> None:
-    columns = ("method", "allocation", "selection", "target", "sparsity")
-    table = Table(*columns, "perplexity", "KL", "top-1 agreement")
-    table.add_row("dense", "", "", "", "0.0%", f"{result.dense.perplexity:.3f}", "", "")
+    table = Table("plan", "target", "sparsity", "perplexity", "KL", "top-1")
+    table.add_row("dense", "", "0.0%", f"{result.dense.perplexity:.3f}", "", "")
     for row in result.results:
         table.add_row(
-            row.method,
-            row.allocation,
-            row.selection,
+            f"{row.method}, {row.allocation}, {row.selection}",
             f"{row.target_sparsity:.1%}",
             f"{row.sparsity:.1%}",
             f"{row.perplexity:.3f}",
@@ -144,6 +141,6 @@ def _show(result: Evaluation) -> None:
     console.print(
         f"[dim]{result.model}, {result.scored_positions} positions of {', '.join(result.text)}, "
         f"context {result.context}, first {result.dense_prefix} of each window dense, "
-        f"{result.dtype} on {result.device}[/dim]",
+        f"{result.dtype} on {result.device}; KL in nats a token, top-1 agreement with dense[/dim]",
         highlight=False,
     )
