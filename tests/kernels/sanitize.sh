@@ -12,6 +12,6 @@ g++ -std=c++17 -O1 -g -fPIC -shared -fvisibility=hidden -Wno-psabi \
 # torch and Python leak on purpose and throw before the sanitizer's runtime is asked.
 WINA_CPU_LIBRARY=$folder/libwina_cpu.so \
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" \
-ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1 \
+PYTHONPATH=src ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1 \
     "$python" -m pytest -q -p no:cacheprovider tests/kernels -k "not compiled_in_one_graph"
 echo "sanitizers: clean"
