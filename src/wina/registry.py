@@ -16,7 +16,8 @@ class Registry(Generic[T]):
     """Objects of one kind by name.
 
     Packages outside wina add to it through the entry point group ``wina.<group>``; those are
-    loaded the first time a name is looked up.
+    loaded when a name is looked up that is not there yet, or all names are: never while wina
+    itself is imported, since they may import it.
     """
 
     def __init__(self, kind: str, group: str) -> None:
@@ -37,13 +38,19 @@ class Registry(Generic[T]):
 
         ``also`` are names that are known elsewhere, for the message.
         """
-        self._load_plugins()
+        if name not in self._entries:
+            self._load_plugins()
         if name not in self._entries:
             known = sorted([*self._entries, *also])
             close = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise UsageError(f"unknown {self.kind} {name!r}.{hint} Known: {', '.join(known)}.")
         return self._entries[name]
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The names registered so far, without loading other packages' entries."""
+        return tuple(sorted(self._entries))
 
     def __iter__(self) -> Iterator[str]:
         self._load_plugins()

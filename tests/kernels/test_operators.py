@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -74,3 +79,49 @@ def test_choice_of_backend() -> None:
         use_backend("referense").__enter__()
     with pytest.raises(UsageError, match="relu"):
         sparse_gated_mlp(torch.zeros(1, 32), GATE, UP, DOWN, T_IN, T_IN, T_HIDDEN, "swish")
+
+
+PLUGIN = """
+import wina  # at the top level, as any module would
+from wina.kernels import reference
+
+
+def load():
+    return f"{wina.__name__} and {reference.__name__} were there"
+"""
+
+
+def test_a_plugin_backend_may_import_wina(tmp_path: Path) -> None:
+    (tmp_path / "my_backend.py").write_text(PLUGIN)
+    info = tmp_path / "my_backend-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-backend\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[wina.backends]\nmine = my_backend:load\n")
+    code = (
+        "import sys, wina, torch, wina.kernels as k\n"
+        "assert 'my_backend' not in sys.modules\n"
+        "k.sparse_linear(torch.ones(1, 4), torch.ones(2, 4), torch.zeros(4))\n"
+        "assert 'my_backend' in sys.modules and 'mine' not in k.available_backends()\n"
+        "print(k.backends.unavailable('mine'))\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=dict(os.environ, PYTHONPATH=path),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "wina and wina.kernels.reference were there"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_reach_what_was_kept(compiled: bool) -> None:
+    x = torch.randn(3, 32, requires_grad=True)
+    weight = torch.randn(48, 32).t().contiguous().t().requires_grad_()
+    call = torch.compile(sparse_linear, backend="aot_eager") if compiled else sparse_linear
+    call(x, weight, T_IN).sum().backward()
+    kept = x.detach().abs() >= T_IN
+    torch.testing.assert_close(x.grad, weight.detach().sum(0) * kept)
+    torch.testing.assert_close(weight.grad, (x.detach() * kept).sum(0).expand(48, 32))

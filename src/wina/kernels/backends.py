@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
+import torch
+
 from wina.errors import UsageError
 from wina.kernels import cpu
 from wina.registry import Registry
@@ -27,6 +29,7 @@ BACKENDS.add(REFERENCE, lambda: None)
 BACKENDS.add("cpu", cpu.load)
 
 _active = AUTO
+_settled = False
 
 
 @cache
@@ -45,7 +48,12 @@ def available_backends() -> tuple[str, ...]:
 
 
 def active_backend() -> str:
-    """Return "auto", or the name that was forced."""
+    """Return "auto", or the name that was forced.
+
+    The first call outside ``torch.compile`` loads other packages' backends.
+    """
+    if not _settled and not torch.compiler.is_compiling():
+        settle()
     return _active
 
 
@@ -60,6 +68,7 @@ def use_backend(name: str) -> Iterator[None]:
         UsageError: no backend has that name, or it cannot run on this machine.
     """
     global _active
+    settle()
     previous, _active = _active, _checked(name)
     try:
         yield
@@ -67,13 +76,31 @@ def use_backend(name: str) -> Iterator[None]:
         _active = previous
 
 
-def load() -> None:
-    """Load every backend, so that the operators have all implementations this machine can run."""
-    global _active
-    forced = _checked(os.environ.get(ENVIRONMENT) or AUTO)
+def load_own() -> None:
+    """Load wina's own backends, so that the operators have their implementations at import."""
+    if os.environ.get(ENVIRONMENT) != REFERENCE:
+        for name in BACKENDS.own:
+            unavailable(name)
+
+
+def settle() -> None:
+    """Load other packages' backends and heed WINA_BACKEND; done once, at first use.
+
+    Raises:
+        UsageError: WINA_BACKEND names no backend, or one that cannot run here.
+    """
+    global _active, _settled
+    if _settled:
+        return
+    _settled = True
+    forced = os.environ.get(ENVIRONMENT) or AUTO
+    try:
+        _active = _checked(forced)
+    except UsageError:
+        _settled = False
+        raise
     if forced != REFERENCE:
         available_backends()
-    _active = forced
 
 
 def _checked(name: str) -> str:

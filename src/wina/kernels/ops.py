@@ -1,7 +1,8 @@
 """The kernels as torch operators: opaque to torch.compile, the same names on every device.
 
-The reference implements them for any device; a backend overrides it for its own. They compute no
-gradient (tuning has its own differentiable form of the gate).
+The reference implements them for any device; a backend overrides it for its own. The operators
+compute no gradient: where one is asked for, the functions below compute with the reference, whose
+gradient reaches the kept channels and the weights (tuning has its own form of the gate).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def sparse_linear(
     A weight whose strides are (1, out_features), stored input-major, lets a kernel skip the
     dropped channels' memory; any other layout is computed densely on the masked input.
     """
-    if backends.active_backend() == backends.REFERENCE:
+    if _needs_reference(x, weight, bias):
         return reference.sparse_linear(x, weight, thresholds, bias)
     biases = [] if bias is None else [bias]
     result: Tensor = torch.ops.wina.sparse_linear(x, weight, thresholds, biases)
@@ -52,7 +53,7 @@ def sparse_linears(
     biases: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor]:
     """Return ``sparse_linear`` of one x under several projections (q, k, v), in one call."""
-    if backends.active_backend() == backends.REFERENCE:
+    if _needs_reference(x, *weights, *(biases or ())):
         return reference.sparse_linears(x, weights, thresholds, biases)
     results: list[Tensor] = torch.ops.wina.sparse_linears(
         x, list(weights), list(thresholds), _pack(x, biases or ())
@@ -84,11 +85,18 @@ def sparse_gated_mlp(
     weights = (gate, up, down)
     thresholds = (gate_thresholds, up_thresholds, down_thresholds)
     biases = (gate_bias, up_bias, down_bias)
-    if backends.active_backend() == backends.REFERENCE:
+    if _needs_reference(x, *weights, *biases):
         return reference.sparse_gated_mlp(x, *weights, *thresholds, activation, *biases)
     packed = _pack(x, biases)
     result: Tensor = torch.ops.wina.sparse_gated_mlp(x, *weights, *thresholds, activation, packed)
     return result
+
+
+def _needs_reference(*tensors: Tensor | None) -> bool:
+    """Return whether the reference was asked for, or a gradient."""
+    if backends.active_backend() == backends.REFERENCE:
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _pack(x: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
@@ -159,4 +167,4 @@ def _define() -> None:
 
 
 _define()
-backends.load()
+backends.load_own()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from wina.errors import WinaError
+from wina.kernels.backends import settle
 from wina.layers.linear import features, is_linear, make_dense, make_sparse, sparse_layers
 from wina.layers.phase import Phase
 from wina.plan import Plan, PlanDocument
@@ -64,6 +65,7 @@ def sparsify(model: nn.Module, plan: Plan) -> Phase:
 
 def attach_phase(model: nn.Module, phase: Phase) -> None:
     """Let ``phase`` see every call of the model's decoder."""
+    settle()  # here, since torch.compile may trace every later use
     decoder = find_decoder(model)
     phase.handle = decoder.register_forward_pre_hook(phase.observe, with_kwargs=True)
 
