@@ -5,6 +5,7 @@ from transformers import PreTrainedModel
 from tests.helpers import CONTEXT, TEMPLATE, make_plan, make_tokenizer, prompt
 from wina.errors import UsageError
 from wina.generation import Sampling, encode_chat, encode_prompt, generate
+from wina.generation.sampling import draw
 from wina.layers import phase_of, sparsify
 
 
@@ -89,23 +90,20 @@ def test_a_small_top_p_is_greedy(model: PreTrainedModel) -> None:
     assert generate(model, ids, 12, Sampling(1.0, 1e-6)).ids == generate(model, ids, 12).ids
 
 
-def test_top_p_draws_only_from_the_nucleus_with_its_probabilities() -> None:
-    from wina.generation.loop import _draw
+def drawn(probabilities: list[float], sampling: Sampling) -> list[int]:
+    logits = torch.log(torch.tensor(probabilities)).expand(4000, -1)
+    return draw(logits, sampling, torch.Generator().manual_seed(0)).tolist()
 
-    logits = torch.log(torch.tensor([0.1, 0.4, 0.3, 0.2]))
-    generator = torch.Generator().manual_seed(0)
-    drawn = [_draw(logits, Sampling(1.0, 0.65), generator) for _ in range(2000)]
-    assert set(drawn) == {1, 2}  # 0.4 + 0.3 crosses 0.65
-    assert drawn.count(1) / 2000 == pytest.approx(4 / 7, abs=0.05)
+
+def test_top_p_draws_only_from_the_nucleus_with_its_probabilities() -> None:
+    found = drawn([0.1, 0.4, 0.3, 0.2], Sampling(1.0, 0.65))
+    assert set(found) == {1, 2}  # 0.4 + 0.3 crosses 0.65
+    assert found.count(1) / 4000 == pytest.approx(4 / 7, abs=0.03)
 
 
 def test_temperature_sharpens() -> None:
-    from wina.generation.loop import _draw
-
-    logits = torch.log(torch.tensor([0.25, 0.75]))
-    generator = torch.Generator().manual_seed(0)
-    drawn = [_draw(logits, Sampling(0.5), generator) for _ in range(2000)]
-    assert drawn.count(1) / 2000 == pytest.approx(0.9, abs=0.03)
+    found = drawn([0.25, 0.75], Sampling(0.5))
+    assert found.count(1) / 4000 == pytest.approx(0.9, abs=0.02)
 
 
 def test_a_prompt_becomes_a_users_message_unless_raw(model: PreTrainedModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -10,7 +11,7 @@ from wina.api import sparsify
 from wina.cli import options
 from wina.cli.run import MaxNewTokens, Temperature, TopP, streamer
 from wina.errors import UsageError
-from wina.generation import Sampling, encode_chat, generate
+from wina.generation import Decoder, Sampling, encode_chat, generate
 from wina.layers import lay_out_for_decode
 from wina.models import identify
 from wina.progress import console
@@ -31,6 +32,7 @@ def chat(
     top_p: TopP = 0.9,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    compile_step: options.Compile = None,
     seed: options.Seed = 0,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -43,7 +45,7 @@ def chat(
         wina chat HuggingFaceTB/SmolLM2-1.7B-Instruct --sparsity 0.4
     """
     options.check_request(sparsity, method, allocation, selection)
-    Sampling(temperature, top_p, seed)
+    sampling = Sampling(temperature, top_p, seed)
     found, statistics = options.load_artifacts(plan, calibration)
     loaded = options.load(model, dtype, device, revision, trust_remote_code)
     if not getattr(loaded.tokenizer, "chat_template", None):
@@ -57,6 +59,7 @@ def chat(
     sparsify(loaded.model, found, check=False)
     lay_out_for_decode(loaded.model)
 
+    decoder: Decoder | None = None
     messages = [] if system is None else [{"role": "system", "content": system}]
     for turn in range(1_000_000):
         try:
@@ -68,8 +71,12 @@ def chat(
         messages.append({"role": "user", "content": text})
         ids = encode_chat(loaded.tokenizer, messages)
         on_token, finish = streamer(loaded.tokenizer)
-        sampling = Sampling(temperature, top_p, seed + turn)
-        result = generate(loaded.model, ids, max_new_tokens, sampling, on_token)
+        room = len(ids) + max_new_tokens
+        if decoder is None or room > decoder.capacity:
+            mode = options.decode_mode(compile_step)
+            decoder = Decoder(loaded.model, 2 * room, mode=mode, sampling=sampling)
+        drawn = replace(sampling, seed=seed + turn)
+        result = generate(loaded.model, ids, max_new_tokens, drawn, on_token, decoder)
         finish()
         console.print(f"[dim]{result.tokens_per_second:.1f} tokens/s[/dim]", highlight=False)
         reply = loaded.tokenizer.decode(result.ids, skip_special_tokens=True)

@@ -12,6 +12,7 @@ from wina.cache import cached_plan
 from wina.calibration import Calibration, CalibrationSettings, make_plan
 from wina.criteria import criteria
 from wina.errors import UsageError
+from wina.generation import Mode
 from wina.models import LoadedModel, load_model
 from wina.plan import Plan
 from wina.progress import note
@@ -39,6 +40,13 @@ IncludeHead = Annotated[bool, typer.Option("--include-head", help="Sparsify lm_h
 PlanSource = Annotated[str | None, typer.Option("--plan", help="A plan's folder or hub id.")]
 CalibrationFolder = Annotated[
     Path | None, typer.Option("--calibration", help="A folder made by wina calibrate.")
+]
+Compile = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile",
+        help="Compile the decode step; by default on CUDA only, since it takes half a minute.",
+    ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Of a hub model.")]
 TrustRemoteCode = Annotated[
@@ -119,6 +127,11 @@ def load_artifacts(
         None if plan is None else Plan.load(plan),
         None if calibration is None else Calibration.load(calibration),
     )
+
+
+def decode_mode(compile_step: bool | None) -> Mode:
+    """Return the decoder's mode for --compile, --no-compile or neither."""
+    return "auto" if compile_step is None else "compiled" if compile_step else "eager"
 
 
 def print_json(content: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from transformers import TextStreamer
 from wina.api import densify, sparsify
 from wina.cli import options
 from wina.errors import UsageError
-from wina.generation import Generation, Sampling, encode_prompt, generate
+from wina.generation import Decoder, Generation, Sampling, encode_prompt, generate
 from wina.layers import lay_out_for_decode
 from wina.measures import score_plan
 from wina.models import LoadedModel, identify, start_ids
@@ -28,6 +28,7 @@ PROMPT = "Explain in a few sentences why the sky is blue."
 SCORED_TOKENS = 2_048
 SCORED_CONTEXT = 1_024
 DENSE_PREFIX = 20
+WARM_UP = 5
 
 MaxNewTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the most likely token.")]
@@ -54,6 +55,7 @@ def run(
     ] = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    compile_step: options.Compile = None,
     seed: options.Seed = 0,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -86,10 +88,13 @@ def run(
     )
 
     def answer(stream: bool) -> Generation:
-        # Two tokens first: what is done once for each shape is not the model's speed.
-        generate(loaded.model, ids, 2)
+        room = len(ids) + max(max_new_tokens, WARM_UP)
+        mode = options.decode_mode(compile_step)
+        decoder = Decoder(loaded.model, room, mode=mode, sampling=sampling)
+        # Some tokens first: what is done once (compiling, capturing) is not the model's speed.
+        generate(loaded.model, ids, WARM_UP, decoder=decoder)
         on_token, finish = streamer(loaded.tokenizer) if stream else (None, None)
-        result = generate(loaded.model, ids, max_new_tokens, sampling, on_token)
+        result = generate(loaded.model, ids, max_new_tokens, sampling, on_token, decoder)
         if finish is not None:
             finish()
         return result

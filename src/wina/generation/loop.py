@@ -7,36 +7,16 @@ Python a token, which would eat the gain and make any comparison one of overhead
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from wina.errors import UsageError
-from wina.layers import phase_of
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn.
-
-    Attributes:
-        temperature: 0 takes the most likely token.
-        top_p: draw from the smallest set of tokens with this much probability.
-        seed: of the draw.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UsageError(f"temperature must not be negative; got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top-p must lie in (0, 1]; got {self.top_p}")
+from wina.generation.decoder import Decoder
+from wina.generation.sampling import Sampling
 
 
 @dataclass
@@ -60,13 +40,13 @@ class Generation:
         return self.decoded / self.decode_seconds if self.decoded else 0.0
 
 
-@torch.inference_mode()
 def generate(
     model: PreTrainedModel,
     prompt: Sequence[int],
     max_new_tokens: int,
     sampling: Sampling | None = None,
     on_token: Callable[[int], None] | None = None,
+    decoder: Decoder | None = None,
 ) -> Generation:
     """Generate until an end token or ``max_new_tokens``.
 
@@ -75,13 +55,15 @@ def generate(
             later position is sparse.
         prompt: token ids, at least one.
         max_new_tokens: at least one.
-        sampling: how tokens are drawn; None is greedy.
-        on_token: called with each new token.
+        sampling: how tokens are drawn; None is greedy, or the decoder's way.
+        on_token: called with each new token; on CUDA one step after it was computed.
+        decoder: one that was made for this model as it is; None makes one for this call. What
+            it compiled serves again, so give it where several prompts follow each other.
 
     Raises:
-        UsageError: an empty prompt, or one that leaves no room in the model's context.
+        UsageError: an empty prompt, or one that leaves no room in the model's context or in the
+            decoder.
     """
-    sampling = sampling or Sampling()
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not prompt:
         raise UsageError("the prompt is empty")
@@ -90,48 +72,56 @@ def generate(
     if limit and len(prompt) >= limit:
         raise UsageError(f"the prompt has {len(prompt)} tokens; the model's context is {limit}")
     room = min(max_new_tokens, limit - len(prompt)) if limit else max_new_tokens
+    if decoder is None:
+        decoder = Decoder(model, len(prompt) + room, sampling=sampling)
+    elif len(prompt) + room > decoder.capacity:
+        raise UsageError(
+            f"{len(prompt)} tokens and {room} more do not fit the decoder's {decoder.capacity}"
+        )
+    elif sampling is not None:
+        decoder.reseed(sampling.seed)
     ends = _end_tokens(model)
-    generator = torch.Generator(model.device).manual_seed(sampling.seed)
-    phase = phase_of(model)
-    cache = DynamicCache(config=model.config)
     result = Generation()
 
-    def forward(ids: Tensor) -> int:
-        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
-        return _draw(logits.float(), sampling, generator)
-
     begin = time.perf_counter()
-    ids = torch.tensor([list(prompt)], device=model.device)
-    token = forward(ids)
+    decoder.prefill([list(prompt)])
+    tokens = _tokens(decoder, room)
+    token: int | None = next(tokens)
     result.prefill_seconds = time.perf_counter() - begin
     begin = time.perf_counter()
-    while token not in ends:
+    while token is not None and token not in ends:
         result.ids.append(token)
         if on_token is not None:
             on_token(token)
-        if len(result.ids) == room:
-            break
-        step = torch.tensor([[token]], device=model.device)
-        if phase is None:
-            token = forward(step)
-        else:
-            with phase.force("sparse"):
-                token = forward(step)
-        result.decoded += 1
+        token = next(tokens, None)
+        result.decoded += token is not None
     result.decode_seconds = time.perf_counter() - begin
     return result
 
 
-def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    probabilities = (logits / sampling.temperature).softmax(-1)
-    if sampling.top_p < 1:
-        ordered, order = probabilities.sort(descending=True)
-        # The token that crosses top_p stays.
-        ordered[ordered.cumsum(0) - ordered >= sampling.top_p] = 0
-        probabilities = torch.zeros_like(probabilities).scatter_(0, order, ordered)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+def _tokens(decoder: Decoder, count: int) -> Iterator[int]:
+    """Yield the token after the prompt and those that follow, ``count`` in all.
+
+    On CUDA a step is launched before the token of the one before it is read, so that the device
+    never waits for the host; the last of them may be in vain.
+    """
+    if decoder.token.device.type != "cuda":
+        for number in range(count):
+            if number > 0:
+                decoder.step()
+            yield int(decoder.token)
+        return
+    tokens = torch.empty(count, dtype=torch.int64, pin_memory=True)
+    events: list[Any] = [torch.cuda.Event() for _ in range(count)]  # type: ignore[no-untyped-call]
+    for number in range(count + 1):
+        if number < count:
+            if number > 0:
+                decoder.step()
+            tokens[number].copy_(decoder.token[0, 0], non_blocking=True)
+            events[number].record()
+        if number > 0:
+            events[number - 1].synchronize()
+            yield int(tokens[number - 1])
 
 
 def _end_tokens(model: PreTrainedModel) -> set[int]:

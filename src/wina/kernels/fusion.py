@@ -1,0 +1,129 @@
+"""Fuse the operators of a traced model: projections of one input, and gated MLPs, into one call.
+
+It works on the graph that torch.compile traced, so a model's structure is read off what it
+computes, and no module or family is named: operators that share an input become one
+``sparse_linears``, and down(act(gate(x)) * up(x)) becomes ``sparse_gated_mlp``. The fused
+operators compute the same sums in the same order; only the activation is the kernel's own, equal
+to torch's to the last bits of a float32.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.nn import functional
+
+LINEAR = torch.ops.wina.sparse_linear
+MULTIPLY = {operator.mul, torch.mul, "mul"}
+
+
+def fuse(module: GraphModule) -> GraphModule:
+    """Fuse in place what can be fused in a graph of torch functions; return it."""
+    for node in list(module.graph.nodes):
+        if _is_sparse(node):
+            _fuse_mlp(node)
+    order = {node: place for place, node in enumerate(module.graph.nodes)}
+    groups: dict[Any, list[Any]] = {}
+    for node in order:
+        if _is_sparse(node):
+            groups.setdefault(node.args[0], []).append(node)
+    for group in groups.values():
+        _fuse_group(group, order)
+    module.graph.lint()
+    module.recompile()
+    return module
+
+
+# Nodes are typed Any below: torch types their arguments as anything.
+
+
+def _is_node(node: Any) -> bool:
+    return isinstance(node, Node)
+
+
+def _is_sparse(node: Any) -> bool:
+    return _is_node(node) and node.target in (LINEAR, LINEAR.default)
+
+
+def _fuse_group(group: list[Any], order: dict[Any, int]) -> None:
+    first = group[0]
+    # The call moves to the first one's place, where the others' weights must be known.
+    group = [x for x in group if all(order[y] < order[first] for y in x.all_input_nodes)]
+    if len(group) < 2:
+        return
+    x, graph = first.args[0], first.graph
+    with graph.inserting_before(first):
+        weights, thresholds = ([node.args[i] for node in group] for i in (1, 2))
+        arguments = (x, weights, thresholds, _packed_biases(group))
+        call = graph.call_function(torch.ops.wina.sparse_linears, arguments)
+        for index, node in enumerate(group):
+            node.replace_all_uses_with(graph.call_function(operator.getitem, (call, index)))
+    _erase(*group)
+
+
+def _fuse_mlp(down: Any) -> None:
+    product = down.args[0]
+    found = _gate_and_up(product)
+    if found is None:
+        return
+    activated, up, activation = found
+    gate = activated.args[0]
+    if gate.args[0] is not up.args[0]:
+        return
+    projections = (gate, up, down)
+    graph = down.graph
+    with graph.inserting_before(down):
+        weights, thresholds = ([node.args[i] for node in projections] for i in (1, 2))
+        biases = _packed_biases(projections)
+        arguments = (gate.args[0], *weights, *thresholds, activation, biases)
+        call = graph.call_function(torch.ops.wina.sparse_gated_mlp, arguments)
+        down.replace_all_uses_with(call)
+    _erase(down, product, activated, gate, up)
+
+
+def _gate_and_up(product: Any) -> tuple[Any, Any, str] | None:
+    """Return act(gate), up and the activation's name if a node is their product, used once."""
+    if not _is_node(product) or product.target not in MULTIPLY or len(product.args) != 2:
+        return None
+    for activated, up in (product.args, product.args[::-1]):
+        name = _activation(activated)
+        if name is not None and _is_sparse(up) and _is_sparse(activated.args[0]):
+            gate = activated.args[0]
+            if all(len(node.users) == 1 for node in (product, activated, gate, up)):
+                return activated, up, name
+    return None
+
+
+def _activation(node: Any) -> str | None:
+    if not _is_node(node) or len(node.args) != 1:
+        return None
+    options = {key: value for key, value in node.kwargs.items() if key != "inplace"}
+    if node.target in (functional.gelu, torch._C._nn.gelu):
+        kind = options.pop("approximate", "none")
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(str(kind)) if not options else None
+    known: dict[Any, str] = {
+        functional.silu: "silu",
+        functional.relu: "relu",
+        torch.relu: "relu",
+    }
+    return known.get(node.target) if not options else None
+
+
+def _packed_biases(projections: Sequence[Any]) -> list[Any]:
+    """Return the biases as the operators take them; insert the empty one that means none."""
+    biases = [(node.args[3] or [None])[0] for node in projections]
+    if all(bias is None for bias in biases):
+        return []
+    first = projections[0]
+    empty = first.graph.call_method("new_empty", (first.args[0], 0))
+    return [empty if bias is None else bias for bias in biases]
+
+
+def _erase(*nodes: Any) -> None:
+    # Not eliminate_dead_code, which takes what a step writes in place for dead.
+    for node in nodes:
+        node.graph.erase_node(node)
