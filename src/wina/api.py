@@ -13,7 +13,7 @@ from wina import layers
 from wina.calibration import Calibration, CalibrationSettings, FileText, TextSource
 from wina.calibration import calibrate as run_calibration
 from wina.integrations import hf
-from wina.models import identify
+from wina.models import family_of, identify
 from wina.plan import Plan
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -68,6 +68,7 @@ def sparsify(model: Model, plan: Plan, *, check: bool = True) -> Model:
     hf.check_unquantized(model)
     if check:
         plan.document.model.check(identify(model, model.config.name_or_path))
+    family_of(model)  # knows the classes of its linears from here on
     layers.sparsify(model, plan)
     hf.attach(model, plan.document)
     return model

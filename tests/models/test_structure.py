@@ -10,7 +10,7 @@ from wina.models import blocks, find_sites
 KINDS_OF = {
     "qwen3": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "mistral": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "gpt2": ["c_attn", "c_proj", "c_fc", "c_proj"],
+    "gpt2": ["qkv_proj", "o_proj", "up_proj", "down_proj"],
 }
 
 

@@ -46,7 +46,14 @@ from wina.criteria import LinearFacts
 from wina.errors import UsageError, WinaError
 from wina.files import check_replaceable, read_tensors, work_folder, write_tensors, write_text
 from wina.layers import phase_of
-from wina.models import Site, check_supported, find_sites, identify, start_ids
+from wina.models import (
+    Site,
+    called_sites,
+    check_supported,
+    find_sites,
+    identify,
+    start_ids,
+)
 from wina.progress import bar, note, track
 
 PROGRESS, MARKER = "progress.safetensors", "tokens.json"
@@ -202,9 +209,14 @@ def _sites(model: PreTrainedModel) -> list[Site]:
     """Return the blocks' linears, and the head where it is a linear."""
     check_supported(model)
     try:
-        return find_sites(model, include_head=True)
+        sites = find_sites(model, include_head=True)
     except UsageError:
-        return find_sites(model)
+        sites = find_sites(model)
+    called = called_sites(model, sites)
+    if len(called) < len(sites):
+        left = [site.name for site in sites if site not in called]
+        note(f"no forward pass calls {left[0]} and {len(left) - 1} others: they stay dense")
+    return called
 
 
 def _window(

@@ -23,6 +23,7 @@ from wina.files import validate
 from wina.layers import Phase, sparse_layers
 from wina.layers.linear import make_sparse, refresh
 from wina.layers.swap import attach_phase, check_linears, densify
+from wina.models import family_of
 from wina.plan import PlanDocument
 
 METHOD = "wina"
@@ -51,6 +52,7 @@ class WinaQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> PreTrainedModel:
         document = self.quantization_config.document
         vector_name = "thresholds" if document.selection == "threshold" else "scales"
+        family_of(model)  # knows the classes of its linears from here on
         modules = check_linears(model, document)
         biases = sum(linear.bias for linear in document.linears.values())
         wanted = {vector_name: len(document.linears), "sparse_bias": biases}

@@ -117,6 +117,23 @@ class SparseConv1D(SparseLayer, Conv1D):  # type: ignore[misc]
 SPARSE_CLASSES: dict[type[nn.Module], type[SparseLayer]] = {
     sparse.dense_class: sparse for sparse in (SparseLinear, SparseConv1D)
 }
+_known: set[str] = set()  # qualified names of subclasses of nn.Linear that compute as it does
+
+
+def know_linear(qualified_name: str) -> None:
+    """Let a subclass of nn.Linear that computes W x + b be sparsified, without importing it."""
+    _known.add(qualified_name)
+
+
+def sparse_class(dense: type[nn.Module]) -> type[SparseLayer] | None:
+    """Return the sparse form of a class of linears; None if there is none.
+
+    Subclasses have none unless ``know_linear`` named them, since they may compute otherwise.
+    """
+    if dense not in SPARSE_CLASSES and f"{dense.__module__}.{dense.__qualname__}" in _known:
+        members = {"dense_class": dense, "__module__": __name__}
+        SPARSE_CLASSES[dense] = type(f"Sparse{dense.__name__}", (SparseLayer, dense), members)
+    return SPARSE_CLASSES.get(dense)
 
 
 def matrix(module: nn.Module) -> Tensor:
@@ -133,7 +150,7 @@ def features(module: nn.Module) -> tuple[int, int]:
 
 def is_linear(module: nn.Module) -> bool:
     """Return whether wina has a sparse form of this module, or it is one."""
-    return type(module) in SPARSE_CLASSES or isinstance(module, SparseLayer)
+    return isinstance(module, SparseLayer) or sparse_class(type(module)) is not None
 
 
 def make_sparse(
@@ -147,7 +164,7 @@ def make_sparse(
     """Turn a linear layer into its sparse form, in place.
 
     Args:
-        module: an nn.Linear or Conv1D; subclasses are refused, since they may compute otherwise.
+        module: an nn.Linear or Conv1D, or a subclass that ``know_linear`` named.
         vector: thresholds or scales, shape (in_features,), float32.
         selection: how channels are chosen.
         keep: with top-k, the channels kept of each token.
@@ -157,10 +174,10 @@ def make_sparse(
     Raises:
         UsageError: wina has no sparse form of the module's class.
     """
-    sparse_class = SPARSE_CLASSES.get(type(module))
-    if sparse_class is None:
+    form = sparse_class(type(module))
+    if form is None:
         raise UsageError(f"no sparse form of {type(module).__qualname__} is known")
-    module.__class__ = sparse_class
+    module.__class__ = form
     assert isinstance(module, SparseLayer)
     module.selection, module.keep, module.phase = selection, keep, phase
     module.register_buffer(module.vector_name, vector)

@@ -1,16 +1,28 @@
 """Models: load one, know which one it is, and find what to sparsify in it."""
 
+from wina.models.families import Family, families, family_of
 from wina.models.identity import identify
 from wina.models.loading import DEMO, LoadedModel, load_model
-from wina.models.structure import Site, blocks, check_supported, find_sites, run_body
+from wina.models.structure import (
+    Site,
+    blocks,
+    called_sites,
+    check_supported,
+    find_sites,
+    run_body,
+)
 from wina.models.tokens import start_ids
 
 __all__ = [
     "DEMO",
+    "Family",
     "LoadedModel",
     "Site",
     "blocks",
+    "called_sites",
     "check_supported",
+    "families",
+    "family_of",
     "find_sites",
     "identify",
     "load_model",

@@ -1,12 +1,14 @@
 """Find what to sparsify by structure: the linears inside the decoder's repeated block.
 
-No model family is named here. A decoder is the module that Transformers' own ``get_decoder``
-returns; its blocks are the longest list of modules in it that hold linears.
+No model family is named here (wina.models.families holds the little that structure cannot tell).
+A decoder is the module that Transformers' own ``get_decoder`` returns; its blocks are the longest
+list of modules in it that hold linears.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,7 @@ from transformers import PreTrainedModel
 from wina.errors import UsageError
 from wina.layers.linear import features, is_linear
 from wina.layers.swap import find_decoder
+from wina.models.families import family_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Site:
 
     Attributes:
         name: its qualified name in the model.
-        kind: the last part of the name, such as ``k_proj``.
+        kind: such as ``k_proj``: the last part of the name, unless the family has a name of its
+            own for a common kind.
         block: index of its decoder block; None outside the blocks (lm_head).
     """
 
@@ -87,16 +91,47 @@ def find_sites(model: nn.Module, include_head: bool = False) -> list[Site]:
     Raises:
         UsageError: the architecture is not supported.
     """
+    family = family_of(model)
+    if family.refusal is not None:
+        raise UsageError(f"unsupported architecture {type(model).__name__}: {family.refusal}")
     prefix, layers = blocks(model)
-    sites = [
-        _site(f"{prefix}.{index}.{name}", module, index)
+    named = [
+        (f"{prefix}.{index}.{name}", module, index)
         for index, block in enumerate(layers)
         for name, module in block.named_modules()
         if is_linear(module)
     ]
+    sites = [
+        Site(name, family.kind(name), index, *features(module))
+        for name, module, index in named
+        if not family.stays_dense(name)
+    ]
     if include_head:
         sites.append(_head(model))
     return sites
+
+
+@torch.no_grad()
+def called_sites(model: PreTrainedModel, sites: Sequence[Site]) -> list[Site]:
+    """Return the sites whose linear a forward pass calls; the others cannot be sparsified.
+
+    A block that reads the weights of a linear without calling it (a fused kernel) goes by any gate
+    in front of it.
+    """
+    modules = dict(model.named_modules())
+    called: set[str] = set()
+    handles = [
+        modules[site.name].register_forward_pre_hook(
+            lambda _m, _a, name=site.name: called.add(name)
+        )
+        for site in sites
+    ]
+    try:
+        run_body(model, torch.tensor([[0, 1]], device=model.device), with_head=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [site for site in sites if site.name in called]
 
 
 def run_body(model: nn.Module, ids: Tensor, with_head: bool = False) -> None:
@@ -112,9 +147,5 @@ def _head(model: nn.Module) -> Site:
     head = get() if callable(get) else None
     for name, module in model.named_modules():
         if head is not None and module is head and is_linear(module):
-            return _site(name, module, None)
+            return Site(name, name.rpartition(".")[2], None, *features(module))
     raise UsageError(f"{type(model).__name__} has no linear output head to include")
-
-
-def _site(name: str, module: nn.Module, block: int | None) -> Site:
-    return Site(name, name.rpartition(".")[2], block, *features(module))

@@ -1,0 +1,138 @@
+"""The whole way for one family: calibrate, plan, sparsify, generate, save, load, densify, eval.
+
+Run by tests/models/test_conformance.py, and by benchmarks/support_table.py, which writes what it
+returns into docs/architectures.md.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+import wina
+from tests.families import Case, make
+from tests.helpers import make_plan, prompt
+from wina.evaluation import evaluate
+from wina.generation import generate
+from wina.layers import phase_of
+
+NEW_TOKENS = 6
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a family; ``refusal`` is empty if everything worked."""
+
+    case: Case
+    linears: int = 0
+    kinds: tuple[str, ...] = ()
+    sparsity: float = 0.0
+    refusal: str = ""
+
+
+def go_through(case: Case, tokenizer: PreTrainedTokenizerBase, text: Path, folder: Path) -> Outcome:
+    """Take the whole way, asserting at every step; a refusal is an outcome, anything else fails."""
+    model = make(case)
+    ids = prompt(10)
+    untouched = copy.deepcopy(model)
+    dense = model(ids).logits
+    settings: dict[str, Any] = {"tokens": 768, "context": 128, "dense_prefix": 4}
+    try:
+        calibration = wina.calibrate(model, tokenizer, text, verdict=False, **settings)
+    except wina.UsageError as error:
+        return Outcome(case, refusal=str(error))
+    calibration.save(folder / "calibration")
+    calibration = wina.Calibration.load(folder / "calibration")
+    plan = calibration.plan(0.5, "wina", "global", model=model, refine=True)
+    assert plan.document.realized_sparsity is not None
+    assert abs(plan.document.realized_sparsity - 0.5) < 0.02
+    assert calibration.plan(0.5, "teal", "greedy", model=model).sparsity > 0.49
+    plan.save(folder / "plan")
+    plan = wina.Plan.load(folder / "plan")
+
+    wina.sparsify(model, make_plan(model, 0.0, prefill="sparse"), check=False)
+    assert torch.equal(model(ids).logits, dense), "0 % is not the dense model"
+    wina.densify(model)
+    wina.sparsify(model, plan)
+    with masked(untouched, plan) as decoding:
+        wanted = decode(untouched, ids, decoding)
+    found = decode(model, ids)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(found[1:], decode(untouched, ids)[1:], rtol=1e-2, atol=1e-2)
+    tokens = wanted.argmax(-1).tolist()
+    assert continue_text(model, ids) == tokens
+    assert generate(model, ids[0].tolist(), NEW_TOKENS).ids == tokens
+
+    model.save_pretrained(folder / "sparse")
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "sparse", dtype=torch.float32).eval()
+    assert type(loaded) is type(model)
+    assert {n: p.shape for n, p in loaded.named_parameters()} == {
+        n: p.shape for n, p in untouched.named_parameters()
+    }
+    assert continue_text(loaded, ids) == tokens
+    for sparse in (model, loaded):
+        wina.densify(sparse)
+        assert phase_of(sparse) is None
+        assert torch.equal(sparse(ids).logits, dense)
+        assert sparse.state_dict().keys() == untouched.state_dict().keys()
+
+    scored = {"name": case.name, "tokens": 256, "context": 128, "dense_prefix": 4}
+    result = evaluate(model, tokenizer, [plan], [text], **scored).results[0]
+    assert abs(result.sparsity - 0.5) < 0.1
+    assert 0 < result.kl < float("inf")
+    kinds = tuple(dict.fromkeys(linear.kind for linear in plan.document.linears.values()))
+    assert result.by_kind.keys() == set(kinds)
+    return Outcome(case, len(plan.document.linears), kinds, result.sparsity)
+
+
+def continue_text(model: PreTrainedModel, ids: Tensor) -> list[int]:
+    # MPT's own setting is no cache; every step is then a longer prompt, and prompts are dense.
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 1}
+    found = model.generate(ids, use_cache=True, **settings)
+    return found[0, ids.shape[1] :].tolist()
+
+
+@torch.no_grad()
+def decode(
+    model: PreTrainedModel, ids: Tensor, decoding: Callable[[bool], None] = lambda _: None
+) -> Tensor:
+    """Greedy decoding step by step; ``decoding`` is told what follows. Logits of each step."""
+    decoding(False)
+    step = model(ids, use_cache=True)
+    logits = [step.logits[0, -1]]
+    decoding(True)
+    while len(logits) < NEW_TOKENS:
+        token = logits[-1].argmax()[None, None]
+        step = model(token, past_key_values=step.past_key_values, use_cache=True)
+        logits.append(step.logits[0, -1])
+    return torch.stack(logits)
+
+
+@contextmanager
+def masked(dense: PreTrainedModel, plan: wina.Plan) -> Iterator[Callable[[bool], None]]:
+    """Mask the inputs of a dense model's linears by plain hooks, while it is told so."""
+    state = {"on": False}
+
+    def hook(thresholds: Tensor) -> Callable[..., Any]:
+        def mask(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+            return (args[0] * (args[0].abs() >= thresholds),) if state["on"] else args
+
+        return mask
+
+    handles = [
+        dense.get_submodule(name).register_forward_pre_hook(hook(thresholds))
+        for name, thresholds in plan.vectors.items()
+    ]
+    try:
+        yield lambda on: state.update(on=on)
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,115 @@
+"""The families of the conformance run: a new one joins by one line in ``DENSE``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from tests.helpers import CONTEXT, VOCABULARY
+from wina.layers.linear import is_linear
+
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One family.
+
+    Attributes:
+        name: for people, models of the family included.
+        model_type: Transformers'.
+        config: what differs from SHAPE.
+        notable: what its structure has that Llama's has not.
+        refused: a part of the reason, if wina cannot sparsify it.
+    """
+
+    name: str
+    model_type: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    notable: str = ""
+    refused: str | None = None
+
+
+HEADS = {"head_dim": 8}
+DENSE = (
+    Case("Llama 2", "llama", {"num_key_value_heads": 4}, "multi-head attention"),
+    Case("Llama 3, SmolLM2", "llama", {"tie_word_embeddings": True}, "tied head"),
+    Case("Mistral", "mistral", {"sliding_window": 16}, "sliding window"),
+    Case("Qwen2, Qwen2.5", "qwen2", {}, "q, k, v biases"),
+    Case("Qwen3", "qwen3", HEADS, "q and k norms"),
+    Case("Phi-3, Phi-4", "phi3", {}, "fused qkv_proj and gate_up_proj"),
+    Case("Phi-2", "phi", {}, "parallel blocks, LayerNorm, plain MLP, biases"),
+    Case("Gemma", "gemma", HEADS, "1 + weight norms, scaled embeddings"),
+    Case("Gemma 2", "gemma2", HEADS, "soft-caps, four norms a block"),
+    Case("Gemma 3", "gemma3_text", HEADS, "four norms a block, local and global attention"),
+    Case("SmolLM3", "smollm3", {}, "layers without rotary embedding"),
+    Case("OLMo", "olmo", {}, "norms without weights"),
+    Case("OLMo 2", "olmo2", {}, "norms after each part"),
+    Case("OLMo 3", "olmo3", {}, "norms after each part, sliding window"),
+    Case("Granite", "granite", {"residual_multiplier": 0.5}, "scaled residual and logits"),
+    Case("GLM-4-0414", "glm4", HEADS, "fused gate_up_proj, four norms a block"),
+    Case("GLM-4", "glm", HEADS, "fused gate_up_proj"),
+    Case(
+        "Cohere Command R", "cohere", {}, "parallel blocks, LayerNorm without bias, scaled logits"
+    ),
+    Case("Cohere Command R7B", "cohere2", {}, "parallel blocks, sliding window"),
+    Case("StarCoder2", "starcoder2", {}, "plain MLP, LayerNorm, biases"),
+    Case("StableLM", "stablelm", {}, "LayerNorm, partial rotary embedding"),
+    Case("Falcon 7B", "falcon", {"multi_query": True}, "fused qkv, multi-query, parallel blocks"),
+    Case(
+        "Falcon 40B",
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2},
+        "fused grouped qkv, two norms, parallel blocks",
+    ),
+    Case("GPT-NeoX, Pythia", "gpt_neox", {}, "fused qkv, parallel blocks, LayerNorm"),
+    Case("OPT", "opt", {"word_embed_proj_dim": 32, "ffn_dim": 48}, "learned positions, ReLU"),
+    Case("GPT-2", "gpt2", {}, "Conv1D, fused qkv, learned positions"),
+    Case("GPT-J", "gptj", {"rotary_dim": 4}, "parallel blocks"),
+    Case("MPT", "mpt", {"max_seq_len": CONTEXT}, "fused Wqkv, ALiBi, no biases"),
+    Case("BLOOM", "bloom", {}, "fused qkv, ALiBi, norm after embedding"),
+    Case("EXAONE 4", "exaone4", {}, "norms after each part"),
+    Case("Ernie 4.5", "ernie4_5", HEADS),
+    Case("Nemotron", "nemotron", {}, "squared ReLU, plain MLP, 1 + weight LayerNorm"),
+    Case("LFM2", "lfm2", {"layer_types": ["conv", "full_attention"]}, "convolution blocks"),
+    Case("Mamba", "mamba", {}, "", "no key-value cache"),
+)
+CASES = DENSE
+
+
+def make(case: Case) -> PreTrainedModel:
+    """Return a tiny random model of the family, in evaluation mode, float32, on the CPU."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(case.model_type, **{**SHAPE, **case.config})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        for module in model.modules():
+            # Norms and biases that are all one or zero would hide a dropped term, and columns of
+            # equal norm the difference between criteria.
+            if is_linear(module) and module is not head and module.weight.shape[0] > 1:
+                module.weight *= torch.rand(module.weight.shape[1]) + 0.5
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+            elif parameter.dim() == 1:
+                parameter *= torch.rand_like(parameter) + 0.5
+            elif "experts" in name:
+                parameter.normal_(std=0.2)
+    return model.eval()
