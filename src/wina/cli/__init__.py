@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import typer
 from transformers.utils import logging as transformers_logging
 
-from wina.cli import calibrate, chat, evaluate, inspect, plan, run, tune
+from wina.cli import calibrate, chat, cost, evaluate, inspect, plan, run, tune
 from wina.errors import UsageError, WinaError
 from wina.progress import note
 
@@ -33,6 +33,7 @@ app.command("plan")(plan.plan)
 app.command("tune")(tune.tune)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
+app.command("cost")(cost.cost)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -104,8 +104,11 @@ def _converted(gguf: Path) -> Path | None:
 
 
 def load_config(source: str | None = None, revision: str | None = None) -> Any:
-    """Return a model's config without loading its weights."""
-    name, folder, gguf = _locate(source)
+    """Return a model's config, from what ``load_model`` takes or a config.json; no weights."""
+    if source is not None and source.endswith(".json"):
+        name, folder, gguf = source, source, None
+    else:
+        name, folder, gguf = _locate(source)
     try:
         options = {"gguf_file": gguf} if gguf else {}
         return AutoConfig.from_pretrained(folder, revision=revision, **options)

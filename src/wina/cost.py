@@ -1,0 +1,172 @@
+"""What a decoded token costs, from a model's config alone: multiply-adds and bytes of weights.
+
+Counted are the linears of the blocks, the output head, the gate of each linear and the rotation of
+each input basis. Not counted are embeddings, norms, biases and attention over the cache: small, or
+not a matter of weights. Two totals stand side by side:
+
+- the papers' convention (arXiv 2505.19427, table 5): blocks x (1 - s) + head, in "FLOPs" that are
+  multiply-adds;
+- the true one, which pays for what a method adds to the linears. A basis costs a square matrix for
+  each group of linears that shares an input: two a block for the paper's transform.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from wina.criteria.wina_kgate import KINDS_WITH_NORMS
+from wina.errors import UsageError
+from wina.models import Site, find_sites
+from wina.models.structure import blocks
+from wina.selection import check_sparsity
+
+THRESHOLD_BYTES = 4  # thresholds are float32
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a token's cost."""
+
+    multiply_adds: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: Part) -> Part:
+        return Part(self.multiply_adds + other.multiply_adds, self.bytes + other.bytes)
+
+    def times(self, share: float) -> Part:
+        """Return a share of it."""
+        return Part(self.multiply_adds * share, self.bytes * share)
+
+
+@dataclass(frozen=True)
+class TokenCost:
+    """Parts of the cost of one decoded token, at one sparsity.
+
+    Attributes:
+        blocks: the dense blocks' linears.
+        fixed: weights of the blocks that stay dense: the experts that a token is routed to.
+        head: the dense output head.
+        sparsity: the share of ``blocks`` that is not touched.
+        gating: one operation for each input channel of a linear, and its float32 threshold.
+        rotation: of the input bases; zero without.
+        free: part of the sparse blocks that is exactly zero, columns of a leader's W Q beyond its
+            rank (k_proj with grouped-query attention). A top-k plan that picks them need not read
+            them. It is not taken off any total, since with thresholds these columns are the
+            first ones to be dropped and already part of the sparsity.
+    """
+
+    blocks: Part
+    fixed: Part
+    head: Part
+    sparsity: float
+    gating: Part
+    rotation: Part
+    free: Part
+
+    @property
+    def dense(self) -> Part:
+        """The dense model's token."""
+        return self.blocks + self.fixed + self.head
+
+    @property
+    def paper(self) -> Part:
+        """By the papers' convention: what the linears themselves still cost."""
+        return self.blocks.times(1 - self.sparsity) + self.fixed + self.head
+
+    @property
+    def true(self) -> Part:
+        """With everything that the method adds."""
+        return self.paper + self.gating + self.rotation
+
+    def saved(self, total: Part) -> float:
+        """Return the share of the dense token's multiply-adds that a total saves."""
+        return 1 - total.multiply_adds / self.dense.multiply_adds
+
+    def record(self) -> dict[str, Any]:
+        """Return all parts and totals as JSON values."""
+        parts = {name: value for name, value in asdict(self).items() if name != "sparsity"}
+        return {
+            "sparsity": self.sparsity,
+            "parts": parts,
+            "dense": asdict(self.dense),
+            "paper": {**asdict(self.paper), "saved": self.saved(self.paper)},
+            "true": {
+                **asdict(self.true),
+                "saved": self.saved(self.true),
+                "bytes_saved": 1 - self.true.bytes / self.dense.bytes,
+            },
+        }
+
+
+def token_cost(
+    config: Any, sparsity: float, *, rotated: bool = False, bytes_per_weight: float = 2.0
+) -> TokenCost:
+    """Return what a decoded token costs a model, from its config; no weight is loaded.
+
+    Args:
+        config: of a Transformers model.
+        sparsity: share of the blocks' weights not touched, in [0, 1).
+        rotated: the linears that k or gate share an input with run in an input basis.
+        bytes_per_weight: 2 for 16-bit weights.
+
+    Raises:
+        UsageError: a bad sparsity, or an architecture that cannot be counted.
+    """
+    check_sparsity(sparsity)
+    model = _skeleton(config)
+    sites = find_sites(model)
+
+    def weights(count: float) -> Part:
+        return Part(count, count * bytes_per_weight)
+
+    leaders = [site for site in sites if rotated and site.kind in KINDS_WITH_NORMS]
+    channels = sum(site.in_features for site in sites)
+    return TokenCost(
+        blocks=weights(sum(site.weights for site in sites)),
+        fixed=weights(_routed(model, config)),
+        head=weights(_head_weights(model)),
+        sparsity=sparsity,
+        gating=Part(channels, channels * THRESHOLD_BYTES) if sparsity else Part(),
+        rotation=weights(sum(site.in_features**2 for site in leaders)),
+        free=weights(sum(_free(site, sparsity) for site in leaders)),
+    )
+
+
+def _skeleton(config: Any) -> nn.Module:
+    """Return the model without storage."""
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # configs of others may fail in any way
+        kind = getattr(config, "model_type", type(config).__name__)
+        raise UsageError(f"no causal language model of type {kind!r} to count: {error}") from error
+    return model
+
+
+def _head_weights(model: nn.Module) -> int:
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return 0 if head is None else int(head.get_parameter("weight").numel())
+
+
+def _free(site: Site, sparsity: float) -> float:
+    """Return the zero weights among those that top-k keeps, if it takes live columns first."""
+    kept = site.in_features * (1 - sparsity)
+    return max(0.0, kept - min(site.in_features, site.out_features)) * site.out_features
+
+
+def _routed(model: nn.Module, config: Any) -> float:
+    """Return the weights of experts that a token is routed to, stored as (experts, ., .)."""
+    stacked = [p for p in blocks(model)[1].parameters() if p.ndim == 3]
+    text = config.get_text_config()
+    number = next((getattr(text, name) for name in EXPERTS if getattr(text, name, None)), None)
+    stacked = [p for p in stacked if p.shape[0] == number]
+    chosen = getattr(text, "num_experts_per_tok", None)
+    if stacked and (number is None or chosen is None):
+        raise UsageError(f"cannot tell how many experts a token of {text.model_type!r} is sent to")
+    return sum(p.numel() for p in stacked) * (chosen or 0) / (number or 1)
