@@ -90,7 +90,49 @@ DENSE = (
     Case("LFM2", "lfm2", {"layer_types": ["conv", "full_attention"]}, "convolution blocks"),
     Case("Mamba", "mamba", {}, "", "no key-value cache"),
 )
-CASES = DENSE
+ROUTED = {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2}
+DEEPSEEK = {
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
+EXPERTS = (
+    Case("Mixtral", "mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2}, "experts"),
+    Case("Qwen3-MoE", "qwen3_moe", HEADS | ROUTED, "experts"),
+    Case(
+        "Qwen2-MoE",
+        "qwen2_moe",
+        ROUTED | {"shared_expert_intermediate_size": 24},
+        "experts, a gated shared expert",
+    ),
+    Case("OLMoE", "olmoe", ROUTED, "experts"),
+    Case(
+        "DeepSeek-V3, Kimi-K2", "deepseek_v3", DEEPSEEK, "experts, shared experts, latent attention"
+    ),
+    Case(
+        "GLM-4.5",
+        "glm4_moe",
+        HEADS | ROUTED | {"n_routed_experts": 6, "first_k_dense_replace": 1},
+        "experts, shared experts, a dense first block",
+    ),
+    Case(
+        "gpt-oss",
+        "gpt_oss",
+        HEADS | {"num_local_experts": 6, "num_experts_per_tok": 2},
+        "experts with biases, stored input-major, gate and up interleaved, attention sinks",
+    ),
+)
+CASES = DENSE + EXPERTS
 
 
 def make(case: Case) -> PreTrainedModel:

@@ -64,6 +64,7 @@ def build_plan(
             out_features=site.out_features,
             sparsity=share,
             keep=keep,
+            usage=linear.usage,
         )
     document = PlanDocument(
         model=model,

@@ -4,6 +4,9 @@ Dropping x_j costs about score^2 nats and saves out_features weights. The least 
 number of saved weights drops exactly where score^2 / out_features < lambda^2, with one lambda for
 all linears. lambda is found by bisection on the histograms.
 
+An expert's linear costs and saves only on the tokens routed to it, so the rule for a token stays
+as it is; only the sum that must meet the target weighs each linear with its usage.
+
 Criteria whose scores are not in nats get one loss scale a linear first:
 gamma^2 = sum_j E[x_j^2] g_j^2 / sum_j E[x_j^2] s_j^2, g_j = rms of dL/dx_j, so that the linear's
 scores have in total the cost that gradients say its inputs have.
@@ -46,7 +49,7 @@ def allocate_globally(
     if target == 0:
         return torch.zeros(len(statistics), dtype=torch.float64)
     cumulated = cumulative(torch.stack([x.counts(criterion) for x in statistics]))
-    weights = torch.tensor([float(x.site.weights) for x in statistics], dtype=torch.float64)
+    weights = torch.tensor([x.cost for x in statistics], dtype=torch.float64)
     # A linear's own scores fall below lambda / unit.
     unit = torch.tensor(
         [loss_scale(x, criterion) / x.site.out_features**0.5 for x in statistics],

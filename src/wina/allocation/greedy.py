@@ -50,7 +50,8 @@ def allocate_greedily(
     Args:
         model: dense, in evaluation mode.
         ids: calibration tokens, shape (batch, positions).
-        statistics: of the linears to plan; those outside the blocks get the target.
+        statistics: of the linears to plan; those of experts and outside the blocks get the
+            target.
         criterion: the scores.
         selection: how channels are chosen during the search.
         target: sparsity of every block, in [0, 1).
@@ -59,7 +60,7 @@ def allocate_greedily(
     sparsities = torch.full((len(statistics),), target, dtype=torch.float64)
     members: dict[int, list[int]] = {}
     for index, linear in enumerate(statistics):
-        if linear.site.block is not None:
+        if linear.site.block is not None and linear.site.expert is None:
             members.setdefault(linear.site.block, []).append(index)
     layers = blocks(model)[1]
     modules = dict(model.named_modules())

@@ -43,6 +43,7 @@ class SiteRecord(BaseModel):
     block: int | None
     in_features: int = Field(gt=0)
     out_features: int = Field(gt=0)
+    expert: int | None = None
 
 
 class Verdict(BaseModel):
@@ -150,6 +151,8 @@ class Calibration:
             tensors[f"{name}.mean_square"] = linear.mean_square
             if linear.gradient_rms is not None:
                 tensors[f"{name}.gradient_rms"] = linear.gradient_rms
+            if linear.site.expert is not None:
+                tensors[f"{name}.usage"] = torch.tensor(linear.usage, dtype=torch.float64)
             for criterion, counts in linear.histograms.items():
                 tensors[f"{name}.scores.{criterion}"] = counts
         with replacing_folder(path) as temporary:
@@ -194,6 +197,7 @@ def _statistics(record: SiteRecord, tensors: dict[str, Tensor], path: Path) -> L
                 for name, counts in tensors.items()
                 if name.startswith(prefix)
             },
+            usage=1.0 if site.expert is None else float(tensors[f"{site.name}.usage"]),
         )
     except KeyError as error:
         raise WinaError(f"{path / STATISTICS} lacks {error}; calibrate again") from error

@@ -16,45 +16,69 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from wina.criteria import Criterion, criteria
 from wina.errors import WinaError
+from wina.layers import opened
+from wina.layers.experts import ExpertLinear
 from wina.layers.linear import matrix
 from wina.models import Site, blocks, run_body
-from wina.statistics import BINS, LinearStatistics, histogram
+from wina.statistics import BINS, LinearStatistics, experts, histogram
 
 # Sums by name: "gradient/<linear>" and "square/<linear>" (in_features,) float64,
-# "scores/<criterion>/<linear>" (BINS,) int64, "tokens/gradient" and "tokens/scores" () int64.
+# "scores/<criterion>/<linear>" (BINS,) int64, "tokens/gradient" and "tokens/scores" () int64, and
+# of experts' linears also "rows/gradient/<linear>" and "rows/scores/<linear>", the routed tokens.
 Sums = dict[str, Tensor]
 
 
 def column_norms(model: nn.Module, sites: Sequence[Site]) -> dict[str, Tensor]:
     """Return ||W_:j||_2 of each linear, shape (in_features,), float32, on the model's device."""
-    modules = dict(model.named_modules())
-    weights = {site.name: matrix(modules[site.name]).detach() for site in sites}
-    return {
-        name: torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32)
-        for name, weight in weights.items()
-    }
+    with opened(model):
+        modules = dict(model.named_modules())
+        weights = {site.name: matrix(modules[site.name]).detach() for site in sites}
+        return {
+            name: torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32)
+            for name, weight in weights.items()
+        }
+
+
+Rows = Callable[[Tensor], Tensor]  # (..., features) -> the rows that count, (rows, features)
 
 
 @contextmanager
 def _inputs(
-    model: nn.Module, sites: Sequence[Site], see: Callable[[Site, Tensor], Tensor | None]
+    model: nn.Module,
+    sites: Sequence[Site],
+    skip: int,
+    see: Callable[[Site, Tensor, Rows], Tensor | None],
 ) -> Iterator[None]:
-    """Call ``see`` with each linear's input; what it returns, if anything, replaces the input."""
-    modules = dict(model.named_modules())
+    """Call ``see`` with each linear's input; what it returns, if anything, replaces the input.
+
+    ``see`` also gets what takes the counted rows of the input, and of its gradient: those of
+    positions from ``skip`` on. An expert's input has the rows that are routed to it.
+    """
+
+    def rows_of(module: nn.Module) -> Rows:
+        places = module.places if isinstance(module, ExpertLinear) else None
+
+        def rows(x: Tensor) -> Tensor:
+            flat = x.reshape(-1, x.shape[-1])
+            return flat[skip:] if places is None else flat[places >= skip]
+
+        return rows
 
     def hook(site: Site) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Tensor] | None]:
-        def observe(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
-            replaced = see(site, args[0])
+        def observe(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
+            replaced = see(site, args[0], rows_of(module))
             return None if replaced is None else (replaced,)
 
         return observe
 
-    handles = [modules[site.name].register_forward_pre_hook(hook(site)) for site in sites]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with opened(model):
+        modules = dict(model.named_modules())
+        handles = [modules[site.name].register_forward_pre_hook(hook(site)) for site in sites]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def add_gradients(
@@ -75,19 +99,21 @@ def add_gradients(
         sums: added to.
     """
 
-    def see(site: Site, x: Tensor) -> Tensor | None:
+    def see(site: Site, x: Tensor, rows: Rows) -> Tensor | None:
         if not x.requires_grad:  # the first pass of a checkpointed block
             return None
         alias = x.view_as(x)
 
         def add(gradient: Tensor) -> None:
-            rows = gradient.reshape(-1, gradient.shape[-1])[skip:]
-            _add(sums, f"gradient/{site.name}", rows.float().square().sum(0, dtype=torch.float64))
+            counted = rows(gradient).float()
+            _add(sums, f"gradient/{site.name}", counted.square().sum(0, dtype=torch.float64))
+            if site.expert is not None:
+                _add(sums, f"rows/gradient/{site.name}", torch.tensor(len(counted)))
 
         alias.register_hook(add)  # type: ignore[no-untyped-call]
         return alias
 
-    with _inputs(model, sites, see), torch.enable_grad():
+    with _inputs(model, sites, skip, see), torch.enable_grad():
         logits = model(ids, use_cache=False).logits[0, skip:-1]
         loss = functional.cross_entropy(logits.float(), ids[0, skip + 1 :], reduction="sum")
         loss.backward()  # type: ignore[no-untyped-call]
@@ -148,8 +174,8 @@ def add_scores(
         sums: added to.
     """
 
-    def see(site: Site, x: Tensor) -> None:
-        magnitudes = x.reshape(-1, x.shape[-1])[skip:].abs().float()
+    def see(site: Site, x: Tensor, rows: Rows) -> None:
+        magnitudes = rows(x).abs().float()
         square = magnitudes.square().sum(0, dtype=torch.float64)
         if not bool(square.isfinite().all()):
             raise WinaError(
@@ -157,11 +183,13 @@ def add_scores(
                 "dtype too narrow; try --dtype bfloat16 or float32"
             )
         _add(sums, f"square/{site.name}", square)
+        if site.expert is not None:
+            _add(sums, f"rows/scores/{site.name}", torch.tensor(len(magnitudes)))
         for criterion, by_name in scales.items():
             counts = histogram(magnitudes * by_name[site.name])
             _add(sums, f"scores/{criterion}/{site.name}", counts)
 
-    with _inputs(model, sites, see):
+    with _inputs(model, sites, skip, see):
         run_body(model, ids, with_head=any(site.block is None for site in sites))
     _add(sums, "tokens/scores", torch.tensor(ids.shape[1] - skip))
 
@@ -173,12 +201,29 @@ def _add(sums: Sums, name: str, values: Tensor) -> None:
         sums[name] = values
 
 
-def gradient_rms(site: Site, sums: Sums) -> Tensor | None:
-    """Return rms over tokens of dL/dx_j, shape (in_features,), float32; None if not collected."""
-    total = sums.get(f"gradient/{site.name}")
-    if total is None:
-        return None
-    return (total / sums["tokens/gradient"].to(total.device)).sqrt().float()
+def gradient_rms(sites: Sequence[Site], sums: Sums) -> dict[str, Tensor | None]:
+    """Return rms over tokens of dL/dx_j by linear, (in_features,) float32; None if not collected.
+
+    For an expert's linear the tokens are those routed to it.
+    """
+    if "tokens/gradient" not in sums:
+        return dict.fromkeys((site.name for site in sites), None)
+    squares = _mean_squares(sites, sums, "gradient", "gradient")
+    return {name: square.sqrt().float() for name, square in squares.items()}
+
+
+def _mean_squares(sites: Sequence[Site], sums: Sums, what: str, stage: str) -> dict[str, Tensor]:
+    """Return mean squares by linear, (in_features,) float64."""
+    tokens = int(sums[f"tokens/{stage}"])
+    means = {
+        site.name: sums[f"{what}/{site.name}"] / tokens for site in sites if site.expert is None
+    }
+    for layer in experts.by_layer(sites):
+        names = [site.name for site in layer if f"{what}/{site.name}" in sums]
+        totals = {name: sums[f"{what}/{name}"] for name in names}
+        rows = {name: int(sums[f"rows/{stage}/{name}"]) for name in names}
+        means |= experts.mean_squares(layer, totals, rows)
+    return means
 
 
 def collectable(with_gradient: bool) -> list[Criterion]:
@@ -192,19 +237,49 @@ def to_statistics(
 ) -> list[LinearStatistics]:
     """Return what the sums say of each linear, on the CPU."""
     names = sorted({name.split("/")[1] for name in sums if name.startswith("scores/")})
+    gradients = gradient_rms(sites, sums)
+    squares = _mean_squares(sites, sums, "square", "scores")
+    tokens = int(sums["tokens/scores"])
     statistics = []
     for site in sites:
-        rms = gradient_rms(site, sums)
-        square = sums[f"square/{site.name}"] / sums["tokens/scores"].to(norms[site.name].device)
+        rms = gradients[site.name]
+        seen = tokens if site.expert is None else int(sums.get(f"rows/scores/{site.name}", 0))
         statistics.append(
             LinearStatistics(
                 site=site,
                 column_norm=norms[site.name].cpu(),
-                mean_square=square.float().cpu(),
+                mean_square=squares[site.name].float().cpu(),
                 gradient_rms=None if rms is None else rms.cpu(),
-                histograms={
-                    name: sums[f"scores/{name}/{site.name}"].cpu().reshape(BINS) for name in names
-                },
+                histograms={},
+                usage=seen / tokens,
             )
         )
+    for name in names:
+        counts = score_counts(statistics, criteria.get(name), sums)
+        for linear in statistics:
+            linear.histograms[name] = counts[linear.site.name]
     return statistics
+
+
+def score_counts(
+    statistics: Sequence[LinearStatistics], criterion: Criterion, sums: Sums
+) -> dict[str, Tensor]:
+    """Return the histogram of a criterion's scores by linear, (BINS,) int64, on the CPU.
+
+    Args:
+        statistics: of the linears; their histograms are not looked at.
+        criterion: whose scores.
+        sums: from ``add_scores``.
+    """
+    prefix = f"scores/{criterion.name}/"
+    found = {
+        name.removeprefix(prefix): counts.cpu().reshape(BINS)
+        for name, counts in sums.items()
+        if name.startswith(prefix)
+    }
+    by_name = {linear.site.name: linear for linear in statistics}
+    for layer in experts.by_layer([linear.site for linear in statistics]):
+        scales = {site.name: criterion.scale(by_name[site.name].facts) for site in layer}
+        squares = {site.name: by_name[site.name].mean_square for site in layer}
+        found |= experts.histograms(layer, found, scales, squares)
+    return found

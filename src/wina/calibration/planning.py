@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from wina.allocation import allocate_greedily, allocations, build_plan
 from wina.calibration.artifact import Calibration, Verdict
-from wina.calibration.collect import Sums, add_scores
+from wina.calibration.collect import Sums, add_scores, score_counts
 from wina.criteria import Criterion, criteria
 from wina.errors import UsageError
 from wina.layers import SparsityCounter, scoring
@@ -181,7 +181,7 @@ def _recollected(
         for ids in track(windows, "refining", len(windows)):
             ids = ids.to(model.device)
             add_scores(model, sites, {criterion.name: scales}, ids, skip, sums)
-    counts = {site.name: sums[f"scores/{criterion.name}/{site.name}"].cpu() for site in sites}
+    counts = score_counts(statistics, criterion, sums)
     return [
         replace(linear, histograms={criterion.name: counts[linear.site.name]})
         for linear in statistics

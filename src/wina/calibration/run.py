@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -55,6 +55,7 @@ from wina.models import (
     start_ids,
 )
 from wina.progress import bar, note, track
+from wina.statistics import LinearStatistics, experts
 
 PROGRESS, MARKER = "progress.safetensors", "tokens.json"
 SECONDS = 5.0  # between two saves of the sums
@@ -168,8 +169,9 @@ def calibrate(
         if state.stage == "gradients":
             state.finish_stage("scores")
 
+        gradients = gradient_rms(sites, state.sums)
         facts = {
-            site.name: LinearFacts(site.kind, norms[site.name], gradient_rms(site, state.sums))
+            site.name: LinearFacts(site.kind, norms[site.name], gradients[site.name])
             for site in sites
         }
         scales = {
@@ -194,7 +196,9 @@ def calibrate(
         )
         # Mapped, not read: memory does not grow with the text.
         used = tokens[: calibration_tokens + held_out]
-        calibration = Calibration(document, to_statistics(sites, norms, state.sums), used)
+        statistics = to_statistics(sites, norms, state.sums)
+        _report_experts(statistics, int(state.sums["tokens/scores"]))
+        calibration = Calibration(document, statistics, used)
         if settings.gradient and settings.verdict:
             verdict = judge(calibration, model)
             document = document.model_copy(update={"verdict": verdict})
@@ -217,6 +221,22 @@ def _sites(model: PreTrainedModel) -> list[Site]:
         left = [site.name for site in sites if site not in called]
         note(f"no forward pass calls {left[0]} and {len(left) - 1} others: they stay dense")
     return called
+
+
+def _report_experts(statistics: Sequence[LinearStatistics], tokens: int) -> None:
+    """Say how many experts few tokens were routed to."""
+    routed = [
+        x.usage * tokens
+        for x in statistics
+        if x.site.expert is not None and x.site.name.endswith(".down_proj")
+    ]
+    few = sum(count < experts.PRIOR for count in routed)
+    if few:
+        note(
+            f"{few} of {len(routed)} experts saw fewer than {experts.PRIOR:.0f} of {tokens} tokens "
+            f"({routed.count(0.0)} none) and lean on their layer's statistics; "
+            "more --tokens tell them apart"
+        )
 
 
 def _window(

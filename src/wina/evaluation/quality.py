@@ -195,11 +195,11 @@ def _grouped(plan: Plan, shares: dict[str, float], key: Any) -> dict[Any, float]
     total: dict[Any, float] = {}
     for name, share in shares.items():
         linear = plan.document.linears[name]
-        group, weights = key(linear), linear.in_features * linear.out_features
+        group, weights = key(linear), linear.cost
         if group is not None:
             dropped[group] = dropped.get(group, 0.0) + share * weights
             total[group] = total.get(group, 0.0) + weights
-    return {group: dropped[group] / total[group] for group in total}
+    return {group: dropped[group] / total[group] for group in total if total[group]}
 
 
 def _device_name(device: torch.device) -> str:

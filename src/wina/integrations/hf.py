@@ -21,7 +21,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from wina.errors import UsageError, WinaError
 from wina.files import validate
 from wina.layers import Phase, sparse_layers
-from wina.layers.linear import make_sparse, refresh
+from wina.layers.experts import open_experts
+from wina.layers.linear import make_sparse, matrix, refresh
 from wina.layers.swap import attach_phase, check_linears, densify
 from wina.models import family_of
 from wina.plan import PlanDocument
@@ -53,6 +54,7 @@ class WinaQuantizer(HfQuantizer):  # type: ignore[misc]
         document = self.quantization_config.document
         vector_name = "thresholds" if document.selection == "threshold" else "scales"
         family_of(model)  # knows the classes of its linears from here on
+        open_experts(model, document.linears)
         modules = check_linears(model, document)
         biases = sum(linear.bias for linear in document.linears.values())
         wanted = {vector_name: len(document.linears), "sparse_bias": biases}
@@ -60,7 +62,7 @@ class WinaQuantizer(HfQuantizer):  # type: ignore[misc]
         phase = Phase(document.prefill, document.dense_prefix)
         for name, module in modules.items():
             linear = document.linears[name]
-            device = module.get_parameter("weight").device
+            device = matrix(module).device
             vector = torch.empty(linear.in_features, dtype=torch.float32, device=device)
             bias = torch.empty(linear.out_features, device=device) if linear.bias else None
             make_sparse(module, vector, document.selection, linear.keep, phase, bias)

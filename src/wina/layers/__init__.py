@@ -1,5 +1,6 @@
 """Sparse layers: linears that skip the input channels which a plan's thresholds drop."""
 
+from wina.layers.experts import opened
 from wina.layers.layout import lay_out_for_decode
 from wina.layers.linear import SparseConv1D, SparseLayer, SparseLinear, sparse_layers
 from wina.layers.phase import Phase
@@ -14,6 +15,7 @@ __all__ = [
     "SparsityCounter",
     "densify",
     "lay_out_for_decode",
+    "opened",
     "phase_of",
     "scoring",
     "sparse_layers",

@@ -11,6 +11,7 @@ from torch import nn
 
 from wina.kernels import available_backends
 from wina.kernels.cpu.library import input_major
+from wina.layers.experts import SparseExpertLinear, store_input_major
 from wina.layers.linear import SparseLayer, matrix, sparse_layers
 
 
@@ -30,6 +31,9 @@ def lay_out_for_decode(model: nn.Module) -> None:
 
 
 def _store(layer: SparseLayer) -> None:
+    if isinstance(layer, SparseExpertLinear):
+        store_input_major(layer.owner)
+        return
     weight = layer.get_parameter("weight")
     if matrix(layer).stride(0) != 1:
         weight.data = input_major(weight.data)

@@ -81,6 +81,9 @@ class SparseLayer(nn.Module):
             return own if self.sparse_bias is None else self.sparse_bias
         return own + self.sparse_bias
 
+    def changed(self) -> None:
+        """Do what must follow a change of the vector; here nothing."""
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the vector with the module, but never change its dtype."""
         before = self.vector
@@ -138,7 +141,7 @@ def sparse_class(dense: type[nn.Module]) -> type[SparseLayer] | None:
 
 def matrix(module: nn.Module) -> Tensor:
     """Return a linear layer's W, shape (out_features, in_features), whatever its storage."""
-    weight = module.get_parameter("weight")
+    weight: Tensor = module.weight  # type: ignore[assignment]  # a view where it is an expert's
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
@@ -182,7 +185,7 @@ def make_sparse(
     module.selection, module.keep, module.phase = selection, keep, phase
     module.register_buffer(module.vector_name, vector)
     if sparse_bias is not None:
-        sparse_bias = sparse_bias.to(module.get_parameter("weight").dtype)
+        sparse_bias = sparse_bias.to(matrix(module).dtype)
     module.register_buffer("sparse_bias", sparse_bias)
     refresh(module)
 
@@ -195,6 +198,7 @@ def refresh(module: SparseLayer) -> None:
         module.active = bool((module.vector > 0).any())
     else:
         module.active = module.keep < features(module)[0]
+    module.changed()
 
 
 def make_dense(module: SparseLayer) -> None:
@@ -203,8 +207,8 @@ def make_dense(module: SparseLayer) -> None:
     del module.sparse_bias
     for name in ("selection", "keep", "phase", "active"):
         delattr(module, name)
-    weight = module.get_parameter("weight")
-    if not weight.is_contiguous():  # see wina.layers.layout
+    weight = module._parameters.get("weight")
+    if weight is not None and not weight.is_contiguous():  # see wina.layers.layout
         weight.data = weight.data.contiguous()
     module.__class__ = module.dense_class  # type: ignore[assignment]
 

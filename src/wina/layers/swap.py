@@ -6,7 +6,15 @@ from torch import nn
 
 from wina.errors import WinaError
 from wina.kernels.backends import settle
-from wina.layers.linear import features, is_linear, make_dense, make_sparse, sparse_layers
+from wina.layers.experts import close_experts, open_experts, opened
+from wina.layers.linear import (
+    features,
+    is_linear,
+    make_dense,
+    make_sparse,
+    matrix,
+    sparse_layers,
+)
 from wina.layers.phase import Phase
 from wina.plan import Plan, PlanDocument
 
@@ -19,7 +27,7 @@ def find_decoder(model: nn.Module) -> nn.Module:
 
 
 def check_linears(model: nn.Module, document: PlanDocument) -> dict[str, nn.Module]:
-    """Return the planned modules by name.
+    """Return the planned modules by name; experts must be open.
 
     Raises:
         WinaError: the model lacks one, or its shape is another.
@@ -51,11 +59,13 @@ def sparsify(model: nn.Module, plan: Plan) -> Phase:
     if the plan does not fit. The model's identity is not checked here (see wina.api).
     """
     document = plan.document
-    modules = check_linears(model, document)
+    with opened(model):
+        check_linears(model, document)
     densify(model)
+    open_experts(model, document.linears)
     phase = Phase(document.prefill, document.dense_prefix)
-    for name, module in modules.items():
-        device = next(module.parameters()).device
+    for name, module in check_linears(model, document).items():
+        device = matrix(module).device
         vector = plan.vectors[name].to(device, copy=True)
         bias = plan.biases[name].to(device, copy=True) if name in plan.biases else None
         make_sparse(module, vector, document.selection, document.linears[name].keep, phase, bias)
@@ -76,6 +86,7 @@ def densify(model: nn.Module) -> None:
         if layer.phase.handle is not None:
             layer.phase.handle.remove()
         make_dense(layer)
+    close_experts(model)
 
 
 def phase_of(model: nn.Module) -> Phase | None:

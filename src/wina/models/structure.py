@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from wina.errors import UsageError
+from wina.layers.experts import ExpertLinear, OpenExperts, opened
 from wina.layers.linear import features, is_linear
 from wina.layers.swap import find_decoder
 from wina.models.families import family_of
@@ -30,6 +31,7 @@ class Site:
         kind: such as ``k_proj``: the last part of the name, unless the family has a name of its
             own for a common kind.
         block: index of its decoder block; None outside the blocks (lm_head).
+        expert: index of the expert it belongs to; None outside experts.
     """
 
     name: str
@@ -37,10 +39,11 @@ class Site:
     block: int | None
     in_features: int
     out_features: int
+    expert: int | None = None
 
     @property
     def weights(self) -> int:
-        """Number of weights: the cost of a decoded token is the weights it touches."""
+        """Number of weights: the cost of a token that goes through it."""
         return self.in_features * self.out_features
 
 
@@ -95,20 +98,42 @@ def find_sites(model: nn.Module, include_head: bool = False) -> list[Site]:
     if family.refusal is not None:
         raise UsageError(f"unsupported architecture {type(model).__name__}: {family.refusal}")
     prefix, layers = blocks(model)
-    named = [
-        (f"{prefix}.{index}.{name}", module, index)
-        for index, block in enumerate(layers)
-        for name, module in block.named_modules()
-        if is_linear(module)
-    ]
-    sites = [
-        Site(name, family.kind(name), index, *features(module))
-        for name, module, index in named
-        if not family.stays_dense(name)
-    ]
+    with opened(model):
+        routers = _routers(model)
+        named = [
+            (f"{prefix}.{index}.{name}", module, index)
+            for index, block in enumerate(layers)
+            for name, module in block.named_modules()
+            if is_linear(module)
+        ]
+        sites = [
+            Site(
+                name,
+                family.kind(name),
+                index,
+                *features(module),
+                module.expert if isinstance(module, ExpertLinear) else None,
+            )
+            for name, module, index in named
+            if name not in routers and not family.stays_dense(name)
+        ]
     if include_head:
         sites.append(_head(model))
     return sites
+
+
+def _routers(model: nn.Module) -> set[str]:
+    """Return the names of the linears beside experts that give each of them, or all, one number."""
+    modules = dict(model.named_modules())
+    found = set()
+    for name, module in modules.items():
+        if isinstance(module, OpenExperts):
+            parent = name.rpartition(".")[0]
+            for inner, part in modules[parent].named_modules():
+                numbers = (1, len(module.get_parameter("down_proj")))
+                if is_linear(part) and features(part)[1] in numbers:
+                    found.add(f"{parent}.{inner}")
+    return found
 
 
 @torch.no_grad()
@@ -119,12 +144,13 @@ def called_sites(model: PreTrainedModel, sites: Sequence[Site]) -> list[Site]:
     in front of it.
     """
     modules = dict(model.named_modules())
-    called: set[str] = set()
+    called = {site.name for site in sites if site.expert is not None}  # few of them see a token
     handles = [
         modules[site.name].register_forward_pre_hook(
             lambda _m, _a, name=site.name: called.add(name)
         )
         for site in sites
+        if site.expert is None
     ]
     try:
         run_body(model, torch.tensor([[0, 1]], device=model.device), with_head=True)

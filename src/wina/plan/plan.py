@@ -43,6 +43,7 @@ class PlannedLinear(BaseModel):
         sparsity: the share of input channels this linear is expected to drop.
         keep: channels kept of each token; only with top-k selection.
         bias: whether a bias is added to its output on sparse positions (tuned plans).
+        usage: share of tokens that go through it: 1, or less for a linear of an expert.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,6 +55,12 @@ class PlannedLinear(BaseModel):
     sparsity: float = Field(ge=0, le=1)
     keep: int | None = Field(default=None, ge=0)
     bias: bool = False
+    usage: float = Field(default=1.0, ge=0, le=1)
+
+    @property
+    def cost(self) -> float:
+        """Weights that a decoded token reads of it on average, if it drops nothing."""
+        return self.in_features * self.out_features * self.usage
 
 
 class PlanDocument(BaseModel):
@@ -123,9 +130,7 @@ class Plan:
     def sparsity(self) -> float:
         """The expected share of the planned linears' weights that a decoded token skips."""
         linears = self.document.linears.values()
-        total = sum(linear.in_features * linear.out_features for linear in linears)
-        dropped = sum(x.sparsity * x.in_features * x.out_features for x in linears)
-        return dropped / total
+        return sum(x.sparsity * x.cost for x in linears) / sum(x.cost for x in linears)
 
     def save(self, folder: str | Path) -> Path:
         """Write the plan's folder, whole or not at all, and return its path."""

@@ -1,5 +1,6 @@
 """Statistics of one linear's inputs: kilobytes, mergeable, and enough for any target sparsity."""
 
+from wina.statistics import experts
 from wina.statistics.histogram import BINS, bin_of, cumulative, histogram, share_below, value_at
 from wina.statistics.linear import LinearStatistics
 
@@ -8,6 +9,7 @@ __all__ = [
     "LinearStatistics",
     "bin_of",
     "cumulative",
+    "experts",
     "histogram",
     "share_below",
     "value_at",

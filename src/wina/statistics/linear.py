@@ -22,6 +22,7 @@ class LinearStatistics:
         gradient_rms: rms of dL/dx_j (see LinearFacts), shape (in_features,), float32, or None.
         histograms: by criterion, counts of the scores |x_j| s_j over all tokens and channels,
             shape (BINS,), int64.
+        usage: share of tokens that go through the linear: 1, or less for an expert's.
     """
 
     site: Site
@@ -29,6 +30,12 @@ class LinearStatistics:
     mean_square: Tensor
     gradient_rms: Tensor | None
     histograms: dict[str, Tensor]
+    usage: float = 1.0
+
+    @property
+    def cost(self) -> float:
+        """Weights that a decoded token reads of it on average, if it drops nothing."""
+        return self.site.weights * self.usage
 
     @property
     def facts(self) -> LinearFacts:

@@ -24,6 +24,8 @@ from wina.calibration.collect import gradient_checkpointed
 from wina.calibration.planning import TOLERANCE, realized_sparsity
 from wina.errors import UsageError, WinaError
 from wina.files import read_tensors, work_folder, write_tensors
+from wina.layers import opened
+from wina.layers.experts import ExpertLinear
 from wina.layers.linear import align
 from wina.measures import score_plan
 from wina.plan import Plan
@@ -138,7 +140,8 @@ class _Tuner:
         )
         # Cost of a channel: its weights, as a share of all weights.
         cost = [torch.full((site.in_features,), float(site.out_features)) for site in self.sites]
-        self.cost = torch.cat(cost).to(device) / sum(site.weights for site in self.sites)
+        self.total_cost = sum(linear.cost for linear in statistics)
+        self.cost = torch.cat(cost).to(device) / self.total_cost
         self.rates = [settings.rate]
         groups: list[dict[str, Any]] = [{"params": [self.log_t]}]
         if settings.bias_rate:
@@ -203,8 +206,7 @@ class _Tuner:
         if not math.isfinite(total):
             raise WinaError(f"the KL is not finite at step {self.step}; try a smaller rate")
         outputs = torch.tensor([float(x) for x in self.outputs], device=ids.device)
-        weights = sum(site.weights for site in self.sites)
-        sparsity = float((state.dropped * outputs).sum()) / (weights * scored)
+        sparsity = float((state.dropped * outputs).sum()) / (self.total_cost * scored)
         error = self.target - sparsity
         multiplier = self.mu + PROPORTIONAL * error
         self.mu += INTEGRAL * error
@@ -235,22 +237,23 @@ class _Tuner:
     @contextmanager
     def _gated(self, state: GateState) -> Iterator[None]:
         """Gate each linear's input and add its bias, on sparse positions, inside the block."""
-        modules = dict(self.model.named_modules())
         log_ts = torch.split(self.log_t, self.widths)
         biases = torch.split(self.bias * self.bias_scale, self.outputs)
         handles, first = [], 0
-        for index, site in enumerate(self.sites):
-            module = modules[site.name]
-            gate = _gate_hook(log_ts[index], state, index, first)
-            handles.append(module.register_forward_pre_hook(gate))
-            if self.settings.bias_rate:
-                handles.append(module.register_forward_hook(_bias_hook(biases[index], state)))
-            first += site.in_features
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with opened(self.model):
+            modules = dict(self.model.named_modules())
+            for index, site in enumerate(self.sites):
+                module = modules[site.name]
+                gate = _gate_hook(log_ts[index], state, index, first)
+                handles.append(module.register_forward_pre_hook(gate))
+                if self.settings.bias_rate:
+                    handles.append(module.register_forward_hook(_bias_hook(biases[index], state)))
+                first += site.in_features
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
 
     def _plan(self, log_t: Tensor, bias: Tensor) -> Plan:
         """Return the plan of these parameters, sparsities of its linears not yet measured."""
@@ -317,7 +320,7 @@ class _Tuner:
             shift += (self.target - realized) / slope
         shares = counter.by_linear()
         linears = {
-            name: linear.model_copy(update={"sparsity": shares[name]})
+            name: linear.model_copy(update={"sparsity": shares.get(name, linear.sparsity)})
             for name, linear in plan.document.linears.items()
         }
         update = {"linears": linears, "realized_sparsity": realized}
@@ -423,17 +426,24 @@ def _output_rms(linear: LinearStatistics) -> Tensor:
 
 
 def _gate_hook(log_t: Tensor, state: GateState, index: int, first: int) -> Callable[..., Any]:
-    def gate(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
-        return (StraightThrough.apply(args[0], log_t, state, index, first),)  # type: ignore[no-untyped-call]
+    def gate(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+        own = replace(state, rows=_rows(module, state.rows))
+        return (StraightThrough.apply(args[0], log_t, own, index, first),)  # type: ignore[no-untyped-call]
 
     return gate
 
 
 def _bias_hook(bias: Tensor, state: GateState) -> Callable[..., Any]:
-    def add(_module: nn.Module, _args: tuple[Any, ...], y: Tensor) -> Tensor:
-        return y + bias.to(y.dtype) * align(state.rows, y)
+    def add(module: nn.Module, _args: tuple[Any, ...], y: Tensor) -> Tensor:
+        return y + bias.to(y.dtype) * align(_rows(module, state.rows), y)
 
     return add
+
+
+def _rows(module: nn.Module, rows: Tensor) -> Tensor:
+    """Return which rows of the module's input are sparse: an expert sees those routed to it."""
+    places = module.places if isinstance(module, ExpertLinear) else None
+    return rows if places is None else rows[places % len(rows)]
 
 
 @contextmanager
