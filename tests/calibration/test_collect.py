@@ -64,7 +64,7 @@ def test_gradients_are_those_through_each_linear_alone(each_model: PreTrainedMod
             add_gradients(each_model, sites, ids, SKIP, sums)
     assert sums["tokens/gradient"] == 2 * (16 - SKIP)
     for site in sites:
-        rms = gradient_rms(site, sums)
+        rms = gradient_rms([site], sums)[site.name]
         assert rms is not None
         expected = (wanted[site.name] / (2 * (16 - SKIP))).sqrt()
         torch.testing.assert_close(rms, expected, rtol=1e-3, atol=1e-6)
