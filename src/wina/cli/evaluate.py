@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,9 +12,11 @@ from rich.table import Table
 
 from wina.calibration.text import check_text
 from wina.cli import options
-from wina.errors import UsageError
+from wina.cli.tasks import show_tasks
+from wina.errors import UsageError, WinaError
 from wina.evaluation import Evaluation
 from wina.evaluation import evaluate as run_evaluation
+from wina.evaluation.tasks import check_tasks, evaluate_tasks
 from wina.models import identify
 from wina.plan import Plan
 
@@ -42,6 +44,18 @@ def evaluate(
         ),
     ] = None,
     dense_prefix: Annotated[int, typer.Option(help="First positions, dense, not scored.")] = 20,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks of lm-evaluation-harness, such as piqa,arc_easy.", metavar="NAMES"
+        ),
+    ] = None,
+    task_data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with tasks' data or the harness's YAML; otherwise the hub's."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="The first so many questions a task.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Requests of equal length at once.")] = 8,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     seed: options.Seed = 0,
@@ -49,9 +63,11 @@ def evaluate(
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
-    """Measure what sparsity loses on a text: perplexity, KL and agreement with the dense model.
+    """Measure what sparsity loses: on a text, perplexity, KL and agreement; on tasks, their scores.
 
-    --method and --sweep take several values separated by commas; each pair is a row.
+    --method and --sweep take several values separated by commas; each pair is a row. Differences
+    in task scores are paired with the dense model's, question by question. An interrupted
+    evaluation of tasks goes on where it was.
 
     Examples:
         wina eval demo --text corpus.txt --tokens 8192
@@ -59,11 +75,14 @@ def evaluate(
         wina eval demo --text corpus.txt --calibration calibration --sweep 0.25,0.4,0.5,0.65
 
         wina eval demo --text corpus.txt --plan plan --json
+
+        wina eval demo --tasks piqa --task-data data --plan plan
     """
-    if not text:
-        raise UsageError("name a text to score: --text FILE")
-    for path in text:
+    if not text and tasks is None:
+        raise UsageError("name a text to score, --text FILE, or --tasks NAMES")
+    for path in text or ():
         check_text(path)
+    found_tasks = None if tasks is None else check_tasks(tasks.split(","), task_data)
     targets = _numbers(sweep) if sweep is not None else [sparsity]
     methods = method.split(",")
     for one in methods:
@@ -95,20 +114,43 @@ def evaluate(
                     seed,
                 )
 
-    result = run_evaluation(
-        loaded.model,
-        loaded.tokenizer,
-        plans(),
-        text,
-        name=loaded.name,
-        tokens=tokens,
-        context=context,
-        dense_prefix=dense_prefix,
-    )
+    # Made once; both parts use them.
+    made = list(plans())
+    content: dict[str, Any] = {}
+    if text:
+        result = run_evaluation(
+            loaded.model,
+            loaded.tokenizer,
+            made,
+            text,
+            name=loaded.name,
+            tokens=tokens,
+            context=context,
+            dense_prefix=dense_prefix,
+        )
+        content = result.model_dump(mode="json")
+        if not as_json:
+            _show(result)
+    failures: dict[str, str] = {}
+    if found_tasks is not None:
+        scores = evaluate_tasks(
+            loaded.model,
+            loaded.tokenizer,
+            made,
+            found_tasks,
+            name=loaded.name,
+            limit=limit,
+            batch_size=batch_size,
+        )
+        content["tasks"] = scores.model_dump(mode="json")
+        failures = scores.failures
+        if not as_json:
+            show_tasks(scores)
     if as_json:
-        options.print_json(result.model_dump(mode="json"))
-    else:
-        _show(result)
+        options.print_json(content)
+    if failures:
+        names = ", ".join(failures)
+        raise WinaError(f"{len(failures)} of the tasks failed: {names}; the others are above")
 
 
 def _numbers(text: str) -> list[float]:

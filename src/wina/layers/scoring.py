@@ -87,11 +87,17 @@ class SparsityCounter:
         }
 
     @property
-    def sparsity(self) -> float:
-        """Share of weights not touched, over all counted linears and positions."""
+    def weights(self) -> tuple[int, int]:
+        """Weights not touched, and all weights, over all counted linears and positions."""
         saved = spent = 0
         for name, total in self._dropped.items():
             in_features, out_features = self._shape[name]
             saved += int(total) * out_features
             spent += self._rows[name] * in_features * out_features
+        return saved, spent
+
+    @property
+    def sparsity(self) -> float:
+        """Share of weights not touched, over all counted linears and positions."""
+        saved, spent = self.weights
         return saved / max(1, spent)
