@@ -8,8 +8,8 @@ An expert's linear costs and saves only on the tokens routed to it, so the rule 
 as it is; only the sum that must meet the target weighs each linear with its usage.
 
 Criteria whose scores are not in nats get one loss scale a linear first:
-gamma^2 = sum_j E[x_j^2] g_j^2 / sum_j E[x_j^2] s_j^2, g_j = rms of dL/dx_j, so that the linear's
-scores have in total the cost that gradients say its inputs have.
+gamma^2 = sum_j E[x_j^2] g_j^2 / sum_j E[x_j^2] s_j^2, g_j = rms of dL/dx_j weighted by x_j^2, so
+that the linear's scores have in total the cost that gradients say its inputs have.
 """
 
 from __future__ import annotations

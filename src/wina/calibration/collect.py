@@ -22,10 +22,14 @@ from wina.layers.linear import matrix
 from wina.models import Site, blocks, run_body
 from wina.statistics import BINS, LinearStatistics, experts, histogram
 
-# Sums by name: "gradient/<linear>" and "square/<linear>" (in_features,) float64,
-# "scores/<criterion>/<linear>" (BINS,) int64, "tokens/gradient" and "tokens/scores" () int64, and
-# of experts' linears also "rows/gradient/<linear>" and "rows/scores/<linear>", the routed tokens.
+# Sums over tokens by name: "gradient/<linear>" of g_j^2, "cost/<linear>" of x_j^2 g_j^2,
+# "power/<linear>" of x_j^2 where gradients were taken and "square/<linear>" where scores were,
+# all (in_features,) float64; "scores/<criterion>/<linear>" (BINS,) int64; "tokens/gradient" and
+# "tokens/scores" () int64; and of experts' linears also "rows/gradient/<linear>" and
+# "rows/scores/<linear>", the routed tokens.
 Sums = dict[str, Tensor]
+
+NEXT_TO_NOTHING = 1e-9  # of the mean power of a linear's channels
 
 
 def column_norms(model: nn.Module, sites: Sequence[Site]) -> dict[str, Tensor]:
@@ -84,7 +88,7 @@ def _inputs(
 def add_gradients(
     model: PreTrainedModel, sites: Sequence[Site], ids: Tensor, skip: int, sums: Sums
 ) -> None:
-    """Add sum over tokens of (dL/dx_j)^2 for one window.
+    """Add sums over tokens of g_j^2, x_j^2 g_j^2 and x_j^2 for one window, g_j = dL/dx_j.
 
     L is the summed negative log likelihood of the window's tokens after the first ``skip``. Each
     linear gets its own alias of x, so that the gradient is through that linear alone although
@@ -103,12 +107,18 @@ def add_gradients(
         if not x.requires_grad:  # the first pass of a checkpointed block
             return None
         alias = x.view_as(x)
+        power = rows(x.detach()).float().square()
 
         def add(gradient: Tensor) -> None:
-            counted = rows(gradient).float()
-            _add(sums, f"gradient/{site.name}", counted.square().sum(0, dtype=torch.float64))
+        power = rows(x.detach()).float().square()
+
+        def add(gradient: Tensor) -> None:
+            square = rows(gradient).float().square()
+            _add(sums, f"gradient/{site.name}", square.sum(0, dtype=torch.float64))
+            _add(sums, f"cost/{site.name}", (power * square).sum(0, dtype=torch.float64))
+            _add(sums, f"power/{site.name}", power.sum(0, dtype=torch.float64))
             if site.expert is not None:
-                _add(sums, f"rows/gradient/{site.name}", torch.tensor(len(counted)))
+                _add(sums, f"rows/gradient/{site.name}", torch.tensor(len(square)))
 
         alias.register_hook(add)  # type: ignore[no-untyped-call]
         return alias
@@ -202,14 +212,27 @@ def _add(sums: Sums, name: str, values: Tensor) -> None:
 
 
 def gradient_rms(sites: Sequence[Site], sums: Sums) -> dict[str, Tensor | None]:
-    """Return rms over tokens of dL/dx_j by linear, (in_features,) float32; None if not collected.
+    """Return the rms over tokens of dL/dx_j by linear, each token weighted by x_j^2.
 
-    For an expert's linear the tokens are those routed to it.
+    What dropping x_j costs is E[x_j^2 g_j^2], and x_j^2 and g_j^2 do not vary independently:
+    where a norm follows the linear, tokens with a small output have a gradient as large as the
+    output is small, and E[x_j^2] E[g_j^2] can be a hundred times too much. So each token weighs
+    as much as its input; a channel that never had one gets its plain rms. For an expert's linear
+    the tokens are those routed to it.
+
+    Returns:
+        each (in_features,) float32, or None if gradients were not collected.
     """
     if "tokens/gradient" not in sums:
         return dict.fromkeys((site.name for site in sites), None)
-    squares = _mean_squares(sites, sums, "gradient", "gradient")
-    return {name: square.sqrt().float() for name, square in squares.items()}
+    plain, cost, power = (
+        _mean_squares(sites, sums, what, "gradient") for what in ("gradient", "cost", "power")
+    )
+    found: dict[str, Tensor | None] = {}
+    for name, square in power.items():
+        little = (NEXT_TO_NOTHING * square.mean()).clamp(min=torch.finfo(torch.float32).tiny)
+        found[name] = ((cost[name] + little * plain[name]) / (square + little)).sqrt().float()
+    return found
 
 
 def _mean_squares(sites: Sequence[Site], sums: Sums, what: str, stage: str) -> dict[str, Tensor]:

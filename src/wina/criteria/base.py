@@ -17,9 +17,9 @@ class LinearFacts:
     Attributes:
         kind: the projection's own name, such as ``k_proj``.
         column_norm: ||W_:j||_2, shape (in_features,), float32.
-        gradient_rms: rms over tokens of dL/dx_j through this linear alone, L the summed negative
-            log likelihood of the text in nats; shape (in_features,), float32. None if it was
-            not collected.
+        gradient_rms: rms of dL/dx_j over tokens, weighted by x_j^2, through this linear alone; L
+            is the summed negative log likelihood of the text in nats. Shape (in_features,),
+            float32. None if it was not collected.
     """
 
     kind: str
