@@ -17,6 +17,7 @@ from wina.plan import Plan
 from wina.tuning import TuningSettings, interpolate, tune
 from wina.tuning import run as tuning
 from wina.tuning.gate import GateState, StraightThrough
+from wina.tuning.passes import Pass
 
 Calibrated = tuple[Path, Calibration]
 FAST = TuningSettings(steps=12, batch=2, rate=0.05, evaluations=3)
@@ -123,11 +124,11 @@ def test_interrupted_tuning_goes_on_to_the_same_plan(
     wanted = tune(loaded, calibration[1], start, FAST)
     take, taken = tuning._Tuner._take_step, []
 
-    def interrupted(self: tuning._Tuner) -> tuple[float, float]:
+    def interrupted(self: tuning._Tuner, distill: Pass) -> tuple[float, float]:
         if len(taken) == 7:
             raise KeyboardInterrupt
         taken.append(1)
-        return take(self)
+        return take(self, distill)
 
     monkeypatch.setattr(tuning._Tuner, "_take_step", interrupted)
     with pytest.raises(KeyboardInterrupt):

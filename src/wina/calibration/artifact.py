@@ -112,19 +112,22 @@ class Calibration:
             raise UsageError("the calibrated model has no linear output head to include")
         return [x for x in self.statistics if include_head or x.site.block is not None]
 
-    def windows(self, held_out: bool = False, limit: int | None = None) -> list[Tensor]:
+    def windows(
+        self, held_out: bool = False, limit: int | None = None, length: int | None = None
+    ) -> list[Tensor]:
         """Return windows of calibration, or of held-out, text; each int64, (1, positions).
 
         Args:
             held_out: of the held-out text.
             limit: the first so many only.
+            length: tokens of a window if not the calibration's, at most that.
         """
         document = self.document
+        window = min(length or document.window, document.window)
         first, count = (document.tokens, document.held_out) if held_out else (0, document.tokens)
-        offsets = range(0, count - document.window + 1, document.window)[:limit]
+        offsets = range(0, count - window + 1, window)[:limit]
         return [
-            window_ids(self.tokens, document.start, first + offset, document.window)
-            for offset in offsets
+            window_ids(self.tokens, document.start, first + offset, window) for offset in offsets
         ]
 
     def plan(

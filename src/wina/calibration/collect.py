@@ -110,9 +110,6 @@ def add_gradients(
         power = rows(x.detach()).float().square()
 
         def add(gradient: Tensor) -> None:
-        power = rows(x.detach()).float().square()
-
-        def add(gradient: Tensor) -> None:
             square = rows(gradient).float().square()
             _add(sums, f"gradient/{site.name}", square.sum(0, dtype=torch.float64))
             _add(sums, f"cost/{site.name}", (power * square).sum(0, dtype=torch.float64))
@@ -147,7 +144,10 @@ def gradient_checkpointed(model: PreTrainedModel) -> Iterator[None]:
     switch = {
         "training": True,
         "gradient_checkpointing": True,
-        "_gradient_checkpointing_func": partial(checkpoint, use_reentrant=False),
+        # No dropout is left to repeat, and a CUDA graph cannot hold the generator's state.
+        "_gradient_checkpointing_func": partial(
+            checkpoint, use_reentrant=False, preserve_rng_state=False
+        ),
     }
     before = [vars(layer).copy() for layer in layers]
     for layer in layers:

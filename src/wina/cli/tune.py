@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from wina.plan import Plan
 from wina.plan.plan import DOCUMENT
 from wina.progress import console
 from wina.selection import check_sparsity
-from wina.tuning import TuningSettings
+from wina.tuning import TuningSettings, default_settings
 from wina.tuning import tune as run_tuning
 
 
@@ -33,15 +34,22 @@ def tune(
     method: Annotated[str, typer.Option(help="Criterion of the start.")] = "loss",
     allocation: options.Allocation = None,
     include_head: options.IncludeHead = False,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
-    batch: Annotated[int, typer.Option(help="Windows of the calibration a step.")] = 4,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps: 200, on a CPU 150 small ones.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Windows a step: 4, on a CPU 2.")] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a window: the calibration's, on a CPU at most 256."),
+    ] = None,
     rate: Annotated[float, typer.Option(help="Adam's learning rate for log thresholds.")] = 0.02,
     bias_rate: Annotated[
         float, typer.Option(help="The same for output biases; 0 leaves them out.")
     ] = 0.01,
     checkpointing: Annotated[
-        bool, typer.Option(help="Recompute activations: less memory, a third more time.")
-    ] = True,
+        bool | None,
+        typer.Option(help="Recompute activations: less memory, more time. As needed if omitted."),
+    ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     seed: options.Seed = 0,
@@ -60,14 +68,9 @@ def tune(
     """
     check_sparsity(sparsity)
     criteria.get(method)
-    settings = TuningSettings(
-        steps=steps,
-        batch=batch,
-        rate=rate,
-        bias_rate=bias_rate,
-        seed=seed,
-        checkpointing=checkpointing,
-    )
+    chosen = {"steps": steps, "batch": batch, "context": context}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    TuningSettings(**given)
     check_replaceable(output, DOCUMENT)
     found = Calibration.load(calibration)
     first = None if start is None else Plan.load(start)
@@ -77,6 +80,14 @@ def tune(
         first = make_plan(
             found, sparsity, method, allocation, include_head=include_head, model=loaded.model
         )
+    settings = replace(
+        default_settings(loaded.model.device.type),
+        rate=rate,
+        bias_rate=bias_rate,
+        seed=seed,
+        checkpointing=checkpointing,
+        **given,
+    )
     tuned = run_tuning(loaded.model, found, first, settings, output=output)
     tuned.save(output)
     document = tuned.document

@@ -14,7 +14,7 @@ from wina.errors import UsageError
 
 
 def gradient_rms(facts: LinearFacts) -> Tensor:
-    """s_j = weighted rms over tokens of dL/dx_j; raise UsageError if gradients were not collected."""
+    """s_j = weighted rms of dL/dx_j; raise UsageError if gradients were not collected."""
     if facts.gradient_rms is None:
         raise UsageError(
             "criterion 'loss' needs gradients, which this calibration lacks; "

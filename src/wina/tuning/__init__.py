@@ -5,6 +5,6 @@ sparse positions) as the only parameters, and minimise KL(dense || sparse) on ca
 Decoding costs what it cost before.
 """
 
-from wina.tuning.run import TuningSettings, interpolate, tune
+from wina.tuning.run import TuningSettings, default_settings, interpolate, tune
 
-__all__ = ["TuningSettings", "interpolate", "tune"]
+__all__ = ["TuningSettings", "default_settings", "interpolate", "tune"]

@@ -8,30 +8,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from wina.calibration.artifact import Calibration
-from wina.calibration.collect import gradient_checkpointed
 from wina.calibration.planning import TOLERANCE, realized_sparsity
 from wina.errors import UsageError, WinaError
 from wina.files import read_tensors, work_folder, write_tensors
-from wina.layers import opened
-from wina.layers.experts import ExpertLinear
-from wina.layers.linear import align
 from wina.measures import score_plan
 from wina.plan import Plan
 from wina.progress import bar, console
 from wina.statistics import LinearStatistics
-from wina.tuning.gate import GateState, StraightThrough
+from wina.tuning.passes import Pass
 
 STATE = "tuning.safetensors"
 LOWEST, HIGHEST = -30.0, 30.0  # of log t
@@ -47,6 +41,7 @@ class TuningSettings:
     Attributes:
         steps: optimizer steps.
         batch: windows a step.
+        context: tokens of a window; None is the calibration's, which is also the most.
         rate: Adam's learning rate for log t, cosine to zero after ten steps of warm-up.
         bias_rate: the same for output biases, in units of the rms of the linear's output;
             0 leaves biases out.
@@ -54,21 +49,35 @@ class TuningSettings:
         seed: of the windows' order.
         evaluations: how often the held-out KL is measured; the best plan seen there is kept.
         checkpointing: recompute activations block by block in the backward pass: less memory,
-            a third more time.
+            a third more time. None does so if the activations of one window are too many.
     """
 
     steps: int = 200
     batch: int = 4
+    context: int | None = None
     rate: float = 0.02
     bias_rate: float = 0.01
     temperature: float = 0.3
     seed: int = 0
     evaluations: int = 4
-    checkpointing: bool = True
+    checkpointing: bool | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or self.evaluations < 1:
             raise UsageError("steps, batch and evaluations must be at least 1")
+        if self.context is not None and self.context < 2:
+            raise UsageError("a context of tuning needs at least 2 tokens")
+
+
+def default_settings(device: str) -> TuningSettings:
+    """Return settings for a kind of device: on a CPU few tokens a step, and few steps.
+
+    What a step costs is its tokens, and small steps gain more for each token: 150 steps of 512
+    tokens keep most of what 200 steps of 8,192 gain (docs/research.md).
+    """
+    if device == "cpu":
+        return TuningSettings(steps=150, batch=2, context=256)
+    return TuningSettings()
 
 
 def tune(
@@ -92,7 +101,7 @@ def tune(
         UsageError: a top-k plan, a target of 0, or a plan of other linears.
         WinaError: the KL is not finite.
     """
-    settings = settings or TuningSettings()
+    settings = settings or default_settings(model.device.type)
     document = start.document
     if document.selection != "threshold" or document.target_sparsity == 0:
         raise UsageError("tuning needs a plan with thresholds and a sparsity above 0")
@@ -138,6 +147,7 @@ class _Tuner:
         self.bias_scale = torch.cat(
             [scale.expand(width) for scale, width in zip(scales, self.outputs, strict=True)]
         )
+        self.output_counts = torch.tensor([float(x) for x in self.outputs], device=device)
         # Cost of a channel: its weights, as a share of all weights.
         cost = [torch.full((site.in_features,), float(site.out_features)) for site in self.sites]
         self.total_cost = sum(linear.cost for linear in statistics)
@@ -152,22 +162,33 @@ class _Tuner:
         self.step = 0
         self.best_kl = math.inf
         self.best = (self.log_t.detach().clone(), self.bias.detach().clone())
-        self.windows = calibration.windows()
+        self.windows = calibration.windows(length=settings.context)
         if not self.windows:
             raise WinaError("the calibration holds no whole window to tune on")
 
     def run(self) -> Plan:
         """Take all steps, and return the best plan at its target sparsity."""
         self._load()
-        total = self.settings.steps
-        every = max(1, total // self.settings.evaluations)
-        checkpointed = gradient_checkpointed if self.settings.checkpointing else _frozen
+        settings = self.settings
+        distill = Pass(
+            self.model,
+            self.sites,
+            self.log_t,
+            self.bias if settings.bias_rate else None,
+            self.bias_scale,
+            shape=(settings.batch, self.windows[0].shape[1]),
+            dense_prefix=self.calibration.document.dense_prefix,
+            temperature=settings.temperature,
+            checkpointing=settings.checkpointing,
+        )
+        total = settings.steps
+        every = max(1, total // settings.evaluations)
         with bar("tuning", total, self.step) as advance:
             while self.step < total:
                 until = min(total, (self.step // every + 1) * every)
-                with checkpointed(self.model):
+                with distill.ready():
                     while self.step < until:
-                        kl, sparsity = self._take_step()
+                        kl, sparsity = self._take_step(distill)
                         self.step += 1
                         advance(1)
                         if self.step % 10 == 0 or self.step == until:
@@ -180,38 +201,20 @@ class _Tuner:
                 self._save()
         return self._settled()
 
-    def _take_step(self) -> tuple[float, float]:
-        settings, model = self.settings, self.model
-        ids = torch.cat([self.windows[index] for index in self._indices()]).to(model.device)
-        skip = self.calibration.document.dense_prefix
-        rows = torch.arange(ids.shape[1], device=ids.device) >= skip
-        scored = ids.shape[0] * (ids.shape[1] - skip)
-        state = GateState(
-            rows,
-            settings.temperature,
-            torch.zeros(len(self.sites), device=ids.device),
-            torch.zeros_like(self.cost),
-        )
-        self.optimizer.zero_grad()
-        total = 0.0
-        # A window at a time: logits of one window are the peak.
-        for window in torch.split(ids, 1):
-            with torch.no_grad():
-                dense = model(window, use_cache=False).logits[0, skip:]
-            with torch.enable_grad(), self._gated(state):
-                logits = model(window, use_cache=False).logits[0, skip:]
-                loss = _divergence(logits, dense) / scored
-                loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
+    def _take_step(self, distill: Pass) -> tuple[float, float]:
+        """Take one step; return the KL and the sparsity before it."""
+        ids = torch.cat([self.windows[index] for index in self._indices()])
+        distill.run(ids.to(self.model.device))
+        dropped = (distill.state.dropped * self.output_counts).sum()
+        total, missing = torch.stack([distill.kl, dropped]).tolist()
         if not math.isfinite(total):
             raise WinaError(f"the KL is not finite at step {self.step}; try a smaller rate")
-        outputs = torch.tensor([float(x) for x in self.outputs], device=ids.device)
-        sparsity = float((state.dropped * outputs).sum()) / (self.total_cost * scored)
+        sparsity = missing / (self.total_cost * distill.scored)
         error = self.target - sparsity
         multiplier = self.mu + PROPORTIONAL * error
         self.mu += INTEGRAL * error
         assert self.log_t.grad is not None
-        self.log_t.grad -= multiplier * self.cost * state.density / scored
+        self.log_t.grad -= multiplier * self.cost * distill.state.density / distill.scored
         factor = self._schedule()
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
@@ -233,27 +236,6 @@ class _Tuner:
             order = torch.randperm(len(self.windows), generator=generator)
             chosen.append(int(order[offset]))
         return chosen
-
-    @contextmanager
-    def _gated(self, state: GateState) -> Iterator[None]:
-        """Gate each linear's input and add its bias, on sparse positions, inside the block."""
-        log_ts = torch.split(self.log_t, self.widths)
-        biases = torch.split(self.bias * self.bias_scale, self.outputs)
-        handles, first = [], 0
-        with opened(self.model):
-            modules = dict(self.model.named_modules())
-            for index, site in enumerate(self.sites):
-                module = modules[site.name]
-                gate = _gate_hook(log_ts[index], state, index, first)
-                handles.append(module.register_forward_pre_hook(gate))
-                if self.settings.bias_rate:
-                    handles.append(module.register_forward_hook(_bias_hook(biases[index], state)))
-                first += site.in_features
-            try:
-                yield
-            finally:
-                for handle in handles:
-                    handle.remove()
 
     def _plan(self, log_t: Tensor, bias: Tensor) -> Plan:
         """Return the plan of these parameters, sparsities of its linears not yet measured."""
@@ -409,51 +391,7 @@ def interpolate(
     return tuner._settled()
 
 
-def _divergence(logits: Tensor, dense: Tensor) -> Tensor:
-    """Return the summed KL(dense || sparse) in nats over positions."""
-    return functional.kl_div(
-        logits.float().log_softmax(-1),
-        dense.float().log_softmax(-1),
-        log_target=True,
-        reduction="sum",
-    )
-
-
 def _output_rms(linear: LinearStatistics) -> Tensor:
     """Return the rms of a linear's outputs if its inputs were uncorrelated, shape ()."""
     power = linear.column_norm.square() * linear.mean_square
     return (power.sum() / linear.site.out_features).sqrt().clamp(min=1e-12)
-
-
-def _gate_hook(log_t: Tensor, state: GateState, index: int, first: int) -> Callable[..., Any]:
-    def gate(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
-        own = replace(state, rows=_rows(module, state.rows))
-        return (StraightThrough.apply(args[0], log_t, own, index, first),)  # type: ignore[no-untyped-call]
-
-    return gate
-
-
-def _bias_hook(bias: Tensor, state: GateState) -> Callable[..., Any]:
-    def add(module: nn.Module, _args: tuple[Any, ...], y: Tensor) -> Tensor:
-        return y + bias.to(y.dtype) * align(_rows(module, state.rows), y)
-
-    return add
-
-
-def _rows(module: nn.Module, rows: Tensor) -> Tensor:
-    """Return which rows of the module's input are sparse: an expert sees those routed to it."""
-    places = module.places if isinstance(module, ExpertLinear) else None
-    return rows if places is None else rows[places % len(rows)]
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Keep parameters out of the graph inside the block."""
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
