@@ -70,7 +70,7 @@ def tune(
     criteria.get(method)
     chosen = {"steps": steps, "batch": batch, "context": context}
     given = {name: value for name, value in chosen.items() if value is not None}
-    TuningSettings(**given)
+    replace(default_settings("cpu"), **given)  # refuses what is wrong before the model is loaded
     check_replaceable(output, DOCUMENT)
     found = Calibration.load(calibration)
     first = None if start is None else Plan.load(start)
