@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -69,7 +69,7 @@ def tune(
     check_sparsity(sparsity)
     criteria.get(method)
     chosen = {"steps": steps, "batch": batch, "context": context}
-    given = {name: value for name, value in chosen.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     replace(default_settings("cpu"), **given)  # refuses what is wrong before the model is loaded
     check_replaceable(output, DOCUMENT)
     found = Calibration.load(calibration)
