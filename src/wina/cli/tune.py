@@ -17,7 +17,7 @@ from wina.plan import Plan
 from wina.plan.plan import DOCUMENT
 from wina.progress import console
 from wina.selection import check_sparsity
-from wina.tuning import TuningSettings, default_settings
+from wina.tuning import default_settings
 from wina.tuning import tune as run_tuning
 
 
