@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional
 
 LINEAR = torch.ops.wina.sparse_linear
+ADD = {operator.add, torch.add}
 MULTIPLY = {operator.mul, torch.mul, "mul"}
 
 
@@ -52,7 +53,7 @@ def _is_sparse(node: Any) -> bool:
 def _fuse_group(group: list[Any], order: dict[Any, int]) -> None:
     first = group[0]
     # The call moves to the first one's place, where the others' weights must be known.
-    group = [x for x in group if all(order[y] < order[first] for y in x.all_input_nodes)]
+    group = [x for x in group if all(_hoisted(y, first, order) for y in x.all_input_nodes)]
     if len(group) < 2:
         return
     x, graph = first.args[0], first.graph
@@ -63,6 +64,16 @@ def _fuse_group(group: list[Any], order: dict[Any, int]) -> None:
         for index, node in enumerate(group):
             node.replace_all_uses_with(graph.call_function(operator.getitem, (call, index)))
     _erase(*group)
+
+
+def _hoisted(node: Any, first: Any, order: dict[Any, int]) -> bool:
+    """Return whether a node's value is known before ``first``; move a sum of biases there."""
+    if order[node] < order[first]:
+        return True
+    if node.target not in ADD or any(order[x] >= order[first] for x in node.all_input_nodes):
+        return False
+    first.prepend(node)
+    return True
 
 
 def _fuse_mlp(down: Any) -> None:
