@@ -131,6 +131,20 @@ class Decoder:
         self._draw()
         self._steps += 1
 
+    def seek(self, position: int) -> None:
+        """Go to a position, for benchmarks.
+
+        What was decoded after it is forgotten; what lies between a prompt and a later position
+        is zeros.
+
+        Raises:
+            UsageError: the model has no static cache, or the position is outside it.
+        """
+        if self._cache is None or not self._static or not 0 < position < self.capacity:
+            raise UsageError(f"the decoder cannot go to position {position}")
+        for layer in self._cache.layers:
+            layer.cumulative_length.fill_(position)
+
     def _compute(self) -> None:
         if self._forward is not None:
             self._forward()

@@ -5,7 +5,7 @@ from wina.layers.layout import lay_out_for_decode
 from wina.layers.linear import SparseConv1D, SparseLayer, SparseLinear, sparse_layers
 from wina.layers.phase import Phase
 from wina.layers.scoring import SparsityCounter, scoring
-from wina.layers.swap import densify, phase_of, sparsify
+from wina.layers.swap import change_vectors, densify, phase_of, sparsify
 
 __all__ = [
     "Phase",
@@ -13,6 +13,7 @@ __all__ = [
     "SparseLayer",
     "SparseLinear",
     "SparsityCounter",
+    "change_vectors",
     "densify",
     "lay_out_for_decode",
     "opened",

@@ -13,6 +13,7 @@ from wina.layers.linear import (
     make_dense,
     make_sparse,
     matrix,
+    refresh,
     sparse_layers,
 )
 from wina.layers.phase import Phase
@@ -71,6 +72,24 @@ def sparsify(model: nn.Module, plan: Plan) -> Phase:
         make_sparse(module, vector, document.selection, document.linears[name].keep, phase, bias)
     attach_phase(model, phase)
     return phase
+
+
+def change_vectors(model: nn.Module, plan: Plan) -> None:
+    """Give a sparse model the vectors of another plan for the same linears.
+
+    Nothing else changes, the weights' layout included; the old vectors are not written to, so
+    what was compiled or captured with them goes on with them.
+
+    Raises:
+        WinaError: the plan names other linears, has biases, or chooses in another way.
+    """
+    layers = dict(sparse_layers(model))
+    selection = {layer.selection for layer in layers.values()}
+    if layers.keys() != plan.vectors.keys() or selection != {"threshold"} or plan.biases:
+        raise WinaError("only the thresholds of the same linears can be changed in place")
+    for name, layer in layers.items():
+        layer.register_buffer(layer.vector_name, plan.vectors[name].to(layer.vector.device))
+        refresh(layer)
 
 
 def attach_phase(model: nn.Module, phase: Phase) -> None:
