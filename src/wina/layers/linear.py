@@ -78,8 +78,9 @@ class SparseLayer(nn.Module):
         return y + self.sparse_bias * (align(rows, x) if isinstance(rows, Tensor) else 1)
 
     def _dense(self, x: Tensor) -> Tensor:
-        weight = matrix(self)
-        if self.keep is None and weight.stride(0) == 1 and x.numel() <= FEW * x.shape[-1]:
+        weight = self._parameters.get("weight")
+        few = x.device.type == "cpu" and x.numel() <= FEW * x.shape[-1]
+        if few and isinstance(self, nn.Linear) and weight is not None and weight.stride(0) == 1:
             # Torch's dense kernel takes twice its time for a few rows and this layout; dropping
             # nothing is the same function.
             zeros = torch.zeros_like(self.vector)
