@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from platformdirs import user_cache_path
 from pydantic import BaseModel, ValidationError
@@ -155,9 +155,11 @@ def validate(content: Any, schema: type[Schema], source: str) -> Schema:
     version = schema.model_fields.get("schema_version")
     if version is not None and isinstance(content, dict):
         found = content.get("schema_version")
-        if found != version.default:
+        known = get_args(version.annotation)
+        if found not in known:
+            readable = " and ".join(map(str, known))
             raise WinaError(
-                f"{source} has schema version {found!r}; this wina reads {version.default}. "
+                f"{source} has schema version {found!r}; this wina reads {readable}. "
                 "Make the file again, or use the wina that wrote it."
             )
     try:

@@ -87,11 +87,11 @@ def change(folder: Path, **values: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"schema_version": 2}, "schema version 2; this wina reads 1"),
+        ({"schema_version": 3}, "schema version 3; this wina reads 1 and 2"),
         ({"schema_version": None}, "schema version None"),
         ({"target_sparsity": 1.0}, "target_sparsity: Input should be less than 1"),
         ({"target_sparsity": -0.5}, "target_sparsity"),
-        ({"selection": "random"}, "selection"),
+        ({"selection": "surprise"}, "selection"),
         ({"linears": {}}, "linears"),
         ({"surprise": 1}, "surprise: Extra inputs"),
         ({"model": {"name": "x"}}, "model.config_hash: Field required"),

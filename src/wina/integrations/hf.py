@@ -89,7 +89,12 @@ class WinaQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def is_serializable(self) -> bool:
-        """Sparse models can be saved."""
+        """Sparse models can be saved; raise UsageError if their plan holds more than vectors."""
+        if self.quantization_config.document.extras is not None:
+            raise UsageError(
+                "a model whose plan holds bases, low-rank terms or output gates is not saved with "
+                "its weights; keep the base model and the plan's own folder (plan.save)"
+            )
         return True
 
     @property

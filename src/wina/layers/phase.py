@@ -7,7 +7,7 @@ of a model share one Phase that says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ class Phase:
         self.dense_prefix = dense_prefix
         self.rows: bool | Tensor = True
         self.handle: RemovableHandle | None = None
+        self.undo: Callable[[], None] = lambda: None  # takes away what wina.layers.extras installed
         self._forced: bool | None = None
 
     def observe(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 from wina.errors import WinaError
 from wina.kernels.backends import settle
 from wina.layers.experts import close_experts, open_experts, opened
+from wina.layers.extras import install
 from wina.layers.linear import (
     features,
     is_linear,
@@ -71,6 +72,7 @@ def sparsify(model: nn.Module, plan: Plan) -> Phase:
         bias = plan.biases[name].to(device, copy=True) if name in plan.biases else None
         make_sparse(module, vector, document.selection, document.linears[name].keep, phase, bias)
     attach_phase(model, phase)
+    install(model, plan, phase)
     return phase
 
 
@@ -104,6 +106,7 @@ def densify(model: nn.Module) -> None:
     for _, layer in list(sparse_layers(model)):
         if layer.phase.handle is not None:
             layer.phase.handle.remove()
+        layer.phase.undo()
         make_dense(layer)
     close_experts(model)
 

@@ -1,6 +1,7 @@
 """Models: load one, know which one it is, and find what to sparsify in it."""
 
 from wina.models.families import Family, families, family_of
+from wina.models.groups import InputGroup, input_groups, norm_scale
 from wina.models.identity import identify
 from wina.models.loading import DEMO, LoadedModel, load_model
 from wina.models.structure import (
@@ -16,6 +17,7 @@ from wina.models.tokens import start_ids
 __all__ = [
     "DEMO",
     "Family",
+    "InputGroup",
     "LoadedModel",
     "Site",
     "blocks",
@@ -25,7 +27,9 @@ __all__ = [
     "family_of",
     "find_sites",
     "identify",
+    "input_groups",
     "load_model",
+    "norm_scale",
     "run_body",
     "start_ids",
 ]

@@ -26,10 +26,11 @@ from wina.files import (
     write_text,
 )
 from wina.plan.card import model_card
+from wina.plan.extras import Extras
 from wina.plan.identity import ModelIdentity
 from wina.selection import Selection
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[1, 2] = 1  # 2 with extras, so that what cannot run them refuses
 DOCUMENT, VECTORS, CARD = "plan.json", "plan.safetensors", "README.md"
 BIAS = ".bias"  # after a linear's name in the file
 
@@ -72,11 +73,12 @@ class PlanDocument(BaseModel):
         prefill: whether positions of the prompt are sparse too.
         dense_prefix: with sparse prefill, the number of first positions that stay dense.
         versions: of the packages that made the plan.
+        extras: what the plan holds beside thresholds; only in schema version 2.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
     model: ModelIdentity
     method: str
     allocation: str
@@ -89,6 +91,7 @@ class PlanDocument(BaseModel):
     linears: dict[str, PlannedLinear] = Field(min_length=1)
     calibration: dict[str, str | int | float | bool | None] = {}
     versions: dict[str, str] = {}
+    extras: Extras | None = None
 
 
 @dataclass(frozen=True)
@@ -97,12 +100,13 @@ class Plan:
 
     The vector holds the thresholds t_j with threshold selection, and the scales s_j with top-k.
     ``biases`` holds, for linears that have one, the float32 vector of shape (out_features,) that
-    is added to the output on sparse positions.
+    is added to the output on sparse positions. ``parts`` holds the tensors of the extras.
     """
 
     document: PlanDocument
     vectors: dict[str, Tensor]
     biases: dict[str, Tensor] = field(default_factory=dict)
+    parts: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         linears = self.document.linears
@@ -125,6 +129,16 @@ class Plan:
                 raise WinaError(f"the plan's 'keep' for {name} does not fit its selection")
             if linear.keep is not None and linear.keep > linear.in_features:
                 raise WinaError(f"the plan keeps more channels of {name} than it has")
+        extras = self.document.extras
+        if (extras is None) != (self.document.schema_version == 1):
+            raise WinaError("plans of schema version 2, and no others, hold extras")
+        shapes = {} if extras is None else extras.shapes(linears)
+        if wrong := sorted(shapes.keys() ^ self.parts.keys()):
+            raise WinaError(f"the plan's extras and its document disagree on {wrong[0]}")
+        for name, shape in shapes.items():
+            part = self.parts[name]
+            if part.shape != shape or part.dtype != torch.float32:
+                raise WinaError(f"the plan's {name} is not {shape} float32")
 
     @property
     def sparsity(self) -> float:
@@ -138,7 +152,8 @@ class Plan:
         check_replaceable(path, DOCUMENT)
         with replacing_folder(path) as temporary:
             biases = {f"{name}{BIAS}": bias for name, bias in self.biases.items()}
-            write_tensors(temporary / VECTORS, {**self.vectors, **biases}, {"format": "pt"})
+            tensors = {**self.vectors, **biases, **self.parts}
+            write_tensors(temporary / VECTORS, tensors, {"format": "pt"})
             write_text(temporary / DOCUMENT, self.document.model_dump_json(indent=1))
             write_text(temporary / CARD, model_card(self.document, self.sparsity))
         return path
@@ -160,7 +175,10 @@ class Plan:
             for name, linear in document.linears.items()
             if linear.bias and f"{name}{BIAS}" in tensors
         }
-        return cls(document, tensors, biases)
+        extras = document.extras
+        names = [] if extras is None else extras.shapes(document.linears)
+        parts = {name: tensors.pop(name) for name in names if name in tensors}
+        return cls(document, tensors, biases, parts)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the plan as a model repository of its own and return its address."""
