@@ -12,6 +12,7 @@ not a matter of weights. Two totals stand side by side:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,11 +23,10 @@ from transformers import AutoModelForCausalLM
 from wina.criteria.wina_kgate import KINDS_WITH_NORMS
 from wina.errors import UsageError
 from wina.models import Site, find_sites
-from wina.models.structure import blocks
 from wina.selection import check_sparsity
 
 THRESHOLD_BYTES = 4  # thresholds are float32
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k")
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ class TokenCost:
     """Parts of the cost of one decoded token, at one sparsity.
 
     Attributes:
-        blocks: the dense blocks' linears.
-        fixed: weights of the blocks that stay dense: the experts that a token is routed to.
+        blocks: the dense blocks' linears; of experts those that a token is routed to.
         head: the dense output head.
         sparsity: the share of ``blocks`` that is not touched.
         gating: one operation for each input channel of a linear, and its float32 threshold.
@@ -62,7 +61,6 @@ class TokenCost:
     """
 
     blocks: Part
-    fixed: Part
     head: Part
     sparsity: float
     gating: Part
@@ -72,12 +70,12 @@ class TokenCost:
     @property
     def dense(self) -> Part:
         """The dense model's token."""
-        return self.blocks + self.fixed + self.head
+        return self.blocks + self.head
 
     @property
     def paper(self) -> Part:
         """By the papers' convention: what the linears themselves still cost."""
-        return self.blocks.times(1 - self.sparsity) + self.fixed + self.head
+        return self.blocks.times(1 - self.sparsity) + self.head
 
     @property
     def true(self) -> Part:
@@ -125,11 +123,13 @@ def token_cost(
     def weights(count: float) -> Part:
         return Part(count, count * bytes_per_weight)
 
-    leaders = [site for site in sites if rotated and site.kind in KINDS_WITH_NORMS]
-    channels = sum(site.in_features for site in sites)
+    leaders = [
+        site for site in sites if rotated and site.kind in KINDS_WITH_NORMS and site.expert is None
+    ]
+    usage = _usage(sites, config)
+    channels = sum(site.in_features * usage(site) for site in sites)
     return TokenCost(
-        blocks=weights(sum(site.weights for site in sites)),
-        fixed=weights(_routed(model, config)),
+        blocks=weights(sum(site.weights * usage(site) for site in sites)),
         head=weights(_head_weights(model)),
         sparsity=sparsity,
         gating=Part(channels, channels * THRESHOLD_BYTES) if sparsity else Part(),
@@ -160,13 +160,11 @@ def _free(site: Site, sparsity: float) -> float:
     return max(0.0, kept - min(site.in_features, site.out_features)) * site.out_features
 
 
-def _routed(model: nn.Module, config: Any) -> float:
-    """Return the weights of experts that a token is routed to, stored as (experts, ., .)."""
-    stacked = [p for p in blocks(model)[1].parameters() if p.ndim == 3]
+def _usage(sites: Sequence[Site], config: Any) -> Callable[[Site], float]:
+    """Return what gives the share of tokens that go through a linear: less than 1 for experts."""
+    number = max((site.expert + 1 for site in sites if site.expert is not None), default=0)
     text = config.get_text_config()
-    number = next((getattr(text, name) for name in EXPERTS if getattr(text, name, None)), None)
-    stacked = [p for p in stacked if p.shape[0] == number]
-    chosen = getattr(text, "num_experts_per_tok", None)
-    if stacked and (number is None or chosen is None):
+    chosen = next((getattr(text, name) for name in CHOSEN if getattr(text, name, None)), None)
+    if number and chosen is None:
         raise UsageError(f"cannot tell how many experts a token of {text.model_type!r} is sent to")
-    return sum(p.numel() for p in stacked) * (chosen or 0) / (number or 1)
+    return lambda site: 1.0 if site.expert is None else (chosen or 0) / number

@@ -156,9 +156,9 @@ def recollect(
         with gradient_checkpointed(model):
             for ids in track(windows, "gradients", len(windows)):
                 add_gradients(model, sites, ids.to(model.device), skip, sums)
+    gradients = gradient_rms(sites, sums)
     facts = {
-        site.name: LinearFacts(site.kind, norms[site.name], gradient_rms(site, sums))
-        for site in sites
+        site.name: LinearFacts(site.kind, norms[site.name], gradients[site.name]) for site in sites
     }
     scales: Mapping[str, Mapping[str, Tensor]] = {
         criterion.name: {name: criterion.scale(fact) for name, fact in facts.items()}

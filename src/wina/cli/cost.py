@@ -54,8 +54,6 @@ def _show(found: TokenCost, preset: str, dtype: str) -> None:
         table.add_row(name, f"{part.multiply_adds / 1e9:.4g}", f"{part.bytes / 1e6:.4g}", saved)
 
     row("blocks, dense", found.blocks)
-    if found.fixed.bytes:
-        row("routed experts, dense", found.fixed)
     row("head", found.head)
     row("gates", found.gating)
     if found.rotation.bytes:

@@ -32,8 +32,11 @@ class InputGroup:
 
 @torch.no_grad()
 def input_groups(model: PreTrainedModel) -> list[InputGroup]:
-    """Return the groups that have a leader, in order; a dense forward pass of two tokens."""
-    sites = find_sites(model)
+    """Return the groups that have a leader, in order; a dense forward pass of two tokens.
+
+    Experts are left out: each sees other tokens.
+    """
+    sites = [site for site in find_sites(model) if site.expert is None]
     modules = dict(model.named_modules())
     seen: dict[str, Tensor] = {}
     producers: list[tuple[str, Tensor]] = []
