@@ -1,11 +1,16 @@
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from wina import cache
 from wina.calibration import CalibrationSettings
 from wina.files import cache_dir
-from wina.models import LoadedModel, load_model
+from wina.models import LoadedModel, identify, load_model
+from wina.plan import Plan, shipped, shipped_plan, shipped_sparsities
+from wina.tuning import TuningSettings, tuned_plan
 
 SETTINGS = CalibrationSettings(tokens=512, context=64)
 
@@ -64,3 +69,55 @@ def test_a_damaged_entry_is_made_again(
     assert "statistics.safetensors" in capsys.readouterr().err
     assert found.document == wanted.document
     assert cache.cached_plan(loaded, SETTINGS, *request).document == wanted.document
+
+
+def test_a_tuned_plan_is_made_once_and_again_on_request(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def quick(*arguments: Any, **options: Any) -> Plan:
+        made.append(options["output"])
+        return tuned_plan(*arguments, **options, settings=TuningSettings(steps=2, batch=1))
+
+    monkeypatch.setattr(cache, "tuned_plan", quick)
+    first = cache.cached_plan(loaded, SETTINGS, 0.5, "tuned", None, "threshold")
+    assert first.document.method == "tuned"
+    assert first.document.realized_sparsity == pytest.approx(0.5, abs=0.005)
+    other = replace(SETTINGS, tokens=1_024)
+    again = cache.cached_plan(loaded, other, 0.5, "tuned", None, "threshold")
+    assert (again.document, len(made)) == (first.document, 1)
+    cache.cached_plan(loaded, SETTINGS, 0.5, "tuned", None, "threshold", retune=True)
+    assert len(made) == 2
+
+
+def test_plans_that_come_with_wina_are_taken_and_interpolated(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = identify(loaded.model, loaded.name)
+    assert shipped_sparsities(identity) == ()
+    assert not cache.tuned_at_hand(loaded, 0.5)
+    calibration = cache.cached_calibration(loaded, identity, SETTINGS)
+    settings = TuningSettings(steps=1, batch=1)
+    for sparsity in (0.4, 0.6):
+        plan = tuned_plan(calibration, loaded.model, sparsity, settings=settings)
+        plan.save(tmp_path / "shipped" / str(sparsity))
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "shipped")
+    shipped._documents.cache_clear()
+    try:
+        assert shipped_sparsities(identity) == (0.4, 0.6)
+        other = identity.model_copy(update={"weights_hash": "0" * 64})
+        assert shipped_sparsities(other) == ()
+        with pytest.raises(KeyError):
+            shipped_plan(identity, 0.5)
+        found = [cache.tuned_at_hand(loaded, s) for s in (0.3, 0.4, 0.5, 0.6, 0.7)]
+        assert found == [False, True, True, True, False]
+        monkeypatch.setattr(cache, "tuned_plan", None)
+        exact = cache.cached_plan(loaded, SETTINGS, 0.6, "tuned", None, "threshold")
+        wanted = shipped_plan(identity, 0.6).vectors
+        assert all(torch.equal(vector, wanted[name]) for name, vector in exact.vectors.items())
+        between = cache.cached_plan(loaded, SETTINGS, 0.5, "tuned", None, "threshold")
+        assert between.document.target_sparsity == 0.5
+        assert between.document.realized_sparsity == pytest.approx(0.5, abs=0.005)
+    finally:
+        shipped._documents.cache_clear()

@@ -24,6 +24,7 @@ from wina.calibration import (
 )
 from wina.calibration.artifact import Verdict
 from wina.calibration.planning import TOLERANCE
+from wina.calibration.text import OPENERS
 from wina.errors import UsageError, WinaError
 from wina.layers import SparsityCounter, scoring
 
@@ -212,7 +213,7 @@ def test_an_instruct_models_own_text_has_users_turns(model: PreTrainedModel) -> 
     tokenizer = make_tokenizer(template=True)
     piece = next(SelfText(batch=4, length=32).pieces(model, tokenizer, [], 0))
     rows = [tokenizer.decode(piece[i : i + 32]) for i in range(0, 128, 32)]
-    assert [row.startswith("<s>user: ") for row in rows] == [True, True, False, False]
+    assert [row.startswith("<s>user: ") for row in rows] == [False, True, False, False]
 
 
 def test_own_text_goes_on_anew_and_begins_anywhere(model: PreTrainedModel) -> None:
@@ -232,12 +233,25 @@ def test_a_template_that_refuses_is_no_template(model: PreTrainedModel) -> None:
 
 
 def test_own_text_is_what_the_model_predicts(model: PreTrainedModel) -> None:
-    cold = SelfText(batch=2, length=24, temperature=1e-6)
-    piece = next(cold.pieces(model, make_tokenizer(), [0], 0))
-    for row in torch.tensor(piece).reshape(2, 24):
+    tokenizer = make_tokenizer()
+    longest = max(len(tokenizer(opener)["input_ids"]) for opener in OPENERS) + 1
+    cold = SelfText(batch=4, length=longest + 10, temperature=1e-6)
+    piece = next(cold.pieces(model, tokenizer, [0], 0))
+    free, *opened = torch.tensor(piece).reshape(4, -1)
+    for row, given in [(free, 2), *((row, longest) for row in opened)]:
         assert row[0] == 0
         predicted = model(row[None]).logits[0].argmax(-1)
-        assert row[2:].tolist() == predicted[1:-1].tolist()  # after the start and a random token
+        assert row[given:].tolist() == predicted[given - 1 : -1].tolist()
+
+
+def test_own_text_begins_like_texts_of_many_kinds(model: PreTrainedModel) -> None:
+    tokenizer = make_tokenizer()
+    piece = next(SelfText(batch=16, length=64).pieces(model, tokenizer, [0], 0))
+    rows = [tokenizer.decode(piece[i + 1 : i + 64]) for i in range(0, 16 * 64, 64)]
+    starts = [tokenizer.decode(tokenizer(opener)["input_ids"]) for opener in OPENERS]
+    found = [[opener for opener in starts if row.startswith(opener)] for row in rows[4:]]
+    assert all(found)
+    assert len({opener for one in found for opener in one}) > 4
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {

@@ -42,7 +42,7 @@ REQUESTS = {
     "nan": (["--sparsity", "nan"], "sparsity must lie in [0, 1)"),
     "words": (["--sparsity", "half"], "'--sparsity'"),
     "criterion": (["--method", "vina"], "Did you mean 'wina'?"),
-    "strange criterion": (["--method", "qqq"], "Known: loss, teal, wina, wina-kgate"),
+    "strange criterion": (["--method", "qqq"], "Known: loss, teal, tuned, wina, wina-kgate"),
     "allocation": (["--allocation", "globl"], "Did you mean 'global'?"),
     "greedy allocation": (["--allocation", "greed"], "greedy"),
     "selection": (["--selection", "best"], "unknown selection 'best'"),

@@ -48,7 +48,7 @@ def test_run_calibrates_plans_and_writes(
     assert list(content) == ["model", "prompt", "text", "method", "sparsity", "tokens_per_second"]
     assert content["model"] == str(folder)
     assert content["prompt"] == "hello there"
-    assert content["method"] == "wina"
+    assert content["method"] == "loss"
     assert content["sparsity"] == pytest.approx(0.5, abs=0.01)
     assert content["tokens_per_second"] > 0
     assert "calibrating" in done.err

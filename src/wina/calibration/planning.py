@@ -106,7 +106,7 @@ def default_allocation(calibration: Calibration) -> str:
     return "uniform" if verdict is None else verdict.best
 
 
-def judge(calibration: Calibration, model: PreTrainedModel, method: str = "wina") -> Verdict:
+def judge(calibration: Calibration, model: PreTrainedModel, method: str = "loss") -> Verdict:
     """Measure uniform against global at 50 % on held-out text, both refined."""
     kl, sparsity = {}, {}
     for allocation in ("uniform", "global"):

@@ -109,25 +109,40 @@ class DatasetText:
             yield tokenizer(row[self.column] + "\n", add_special_tokens=False)["input_ids"]
 
 
+# How texts of many kinds begin. What a model writes of its own accord is of one kind.
+OPENERS = (
+    "The history of ", "In 1987, ", "The city of ", "She was born in ", "The album ", "The film ",
+    "The species ", "The battle of ", "He played ", "A tropical storm ", "Abstract\n\n",
+    "Theorem 1. ", "The patient ", "Breaking news: ", "Chapter 1\n\n", "Once upon a time ",
+    "\"I don't know,\" ", "Dear ", "Review: ", "Question: ", "How to ", "What is the best way to ",
+    "You can use a ", "Ingredients:\n", "Step 1: ", "1. ", "- ", "| ", "Article 5. ",
+    "The function ", "In this chapter, ", "Note: ", "Returns the ", "For example, if ", "Usage: ",
+    "Syntax:\n\n", "Parameters\n----------\n", ">>> ", "import os\n\ndef ",
+    "```python\nclass ", "#include <stdio.h>\n", "SELECT ", "{\n  \"", "<html>\n<body>\n", "$ ",
+    "The following table ", "Solve the equation ", "The river ",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class SelfText:
     """Text that the model writes itself, sampled: nothing but the model is needed.
 
-    Instruct models write one half of it as chats, beginning with the user's turn; everything else
-    goes on from one random token of the vocabulary (as in LLM-QAT, arXiv 2305.17888).
+    A quarter goes on from one random token of the vocabulary (as in LLM-QAT, arXiv 2305.17888),
+    a quarter are chats, beginning with the user's turn, if the model has a template, and the rest
+    goes on from the beginnings of texts of many kinds.
     """
 
     seed: int = 0
     batch: int = 16
     length: int = 256
-    temperature: float = 1.0
+    temperature: float = 0.8
     resumable = True
 
     def describe(self) -> str:
         """Return the settings."""
         return (
             f"self: seed {self.seed}, batches of {self.batch} x {self.length}, "
-            f"temperature {self.temperature}"
+            f"temperature {self.temperature}, {len(OPENERS)} openers"
         )
 
     def pieces(
@@ -137,10 +152,14 @@ class SelfText:
         chat = _user_turn(tokenizer)
         while True:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first)
-            free = torch.randint(len(tokenizer), (self.batch, 1), generator=generator).tolist()
+            quarter = max(1, self.batch // 4)
+            free = torch.randint(len(tokenizer), (quarter, 1), generator=generator).tolist()
             prompts = [[*start, *token] for token in free]
-            if chat:
-                prompts = [chat] * (self.batch // 2) + prompts[self.batch // 2 :]
+            prompts += [chat] * quarter if chat else []
+            chosen = torch.randint(len(OPENERS), (self.batch - len(prompts),), generator=generator)
+            for index in chosen.tolist():
+                opener = tokenizer(OPENERS[index], add_special_tokens=False)["input_ids"]
+                prompts.append([*start, *opener] or free[0])
             seed = int(torch.randint(0, 2**31, (1,), generator=generator))
             yield self._sample(model, [prompt[: self.length] for prompt in prompts], seed)
             first += 1

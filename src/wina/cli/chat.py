@@ -20,7 +20,7 @@ from wina.progress import console
 def chat(
     model: options.Model = None,
     sparsity: options.Sparsity = 0.5,
-    method: options.Method = "wina",
+    method: options.Method = None,
     allocation: options.Allocation = None,
     selection: options.Selection = "threshold",
     include_head: options.IncludeHead = False,

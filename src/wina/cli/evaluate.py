@@ -32,7 +32,7 @@ def evaluate(
     sweep: Annotated[
         str | None, typer.Option(help="Several sparsities, such as 0.25,0.4,0.5,0.65.")
     ] = None,
-    method: options.Method = "wina",
+    method: options.Method = None,
     allocation: options.Allocation = None,
     selection: options.Selection = "threshold",
     include_head: options.IncludeHead = False,
@@ -84,7 +84,7 @@ def evaluate(
         check_text(path)
     found_tasks = None if tasks is None else check_tasks(tasks.split(","), task_data)
     targets = _numbers(sweep) if sweep is not None else [sparsity]
-    methods = method.split(",")
+    methods = [None] if method is None else method.split(",")
     for one in methods:
         for target in targets:
             options.check_request(target, one, allocation, selection)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from pydantic_core import to_json
 
-from wina.cache import cached_plan
+from wina.cache import cached_plan, tuned_at_hand
 from wina.calibration import Calibration, CalibrationSettings, make_plan
 from wina.criteria import criteria
 from wina.errors import UsageError
@@ -17,6 +17,7 @@ from wina.models import LoadedModel, load_model
 from wina.plan import Plan
 from wina.progress import note
 from wina.selection import check_selection, check_sparsity
+from wina.tuning import TUNED, tuned_plan
 
 Model = Annotated[
     str | None,
@@ -30,7 +31,17 @@ Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bflo
 Seed = Annotated[int, typer.Option(help="Of sampling and of the model's own text.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Sparsity = Annotated[float, typer.Option(help="Share of weights not touched, in [0, 1).")]
-Method = Annotated[str, typer.Option(help="Criterion: wina, wina-kgate, teal, loss.")]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help="A criterion (wina, wina-kgate, teal, loss, ...) or tuned; omitted: tuned where a "
+        "tuned plan is at hand or a GPU makes one, else loss.",
+        show_default=False,
+    ),
+]
+Retune = Annotated[
+    bool, typer.Option("--retune", help="Tune a plan for this model now, and keep it.")
+]
 Allocation = Annotated[
     str | None,
     typer.Option(help="uniform, global or greedy; omitted: what calibration found better."),
@@ -68,11 +79,16 @@ def load(
     )
 
 
-def check_request(sparsity: float, method: str, allocation: str | None, selection: str) -> None:
+def check_request(
+    sparsity: float, method: str | None, allocation: str | None, selection: str
+) -> None:
     """Raise UsageError for a bad request before anything long starts."""
     check_sparsity(sparsity)
-    criteria.get(method)
     check_selection(selection)
+    if method not in (None, TUNED):
+        criteria.get(method, also=(TUNED,))
+    if method == TUNED and (selection != "threshold" or sparsity == 0):
+        raise UsageError("method 'tuned' has thresholds and a sparsity above 0")
     if allocation not in (None, "greedy"):
         from wina.allocation import allocations
 
@@ -84,16 +100,26 @@ def find_plan(
     plan: Plan | None,
     calibration: Calibration | None,
     sparsity: float,
-    method: str,
+    method: str | None,
     allocation: str | None,
     selection: str,
     include_head: bool,
     seed: int,
+    retune: bool = False,
 ) -> Plan:
     """Return the given plan, or one from the given calibration, or from the cache."""
     if plan is not None:
         return plan
     if calibration is not None:
+        if method == TUNED:
+            return tuned_plan(
+                calibration,
+                loaded.model,
+                sparsity,
+                allocation=allocation,
+                include_head=include_head,
+            )
+        method = method or default_criterion(calibration)
         return make_plan(
             calibration,
             sparsity,
@@ -104,17 +130,33 @@ def find_plan(
             model=loaded.model,
             refine=True,
         )
-    settings = quick_settings(loaded, seed)
-    return cached_plan(loaded, settings, sparsity, method, allocation, selection, include_head)
+    if method is None:
+        quick = loaded.model.device.type == "cuda" or tuned_at_hand(loaded, sparsity)
+        tunable = selection == "threshold" and sparsity > 0 and allocation is None
+        method = TUNED if quick and tunable and not include_head else "loss"
+    tuning = retune or (method == TUNED and not tuned_at_hand(loaded, sparsity))
+    settings = quick_settings(loaded, seed, tuning)
+    return cached_plan(
+        loaded, settings, sparsity, method, allocation, selection, include_head, retune
+    )
 
 
-def quick_settings(loaded: LoadedModel, seed: int) -> CalibrationSettings:
+def default_criterion(calibration: Calibration) -> str:
+    """Return the method of plans that are not tuned: what loses least of those collected."""
+    return "wina" if calibration.statistics[0].gradient_rms is None else "loss"
+
+
+def quick_settings(loaded: LoadedModel, seed: int, tuning: bool = False) -> CalibrationSettings:
     """Return settings for a calibration on the way: small where there is no GPU.
 
-    With the held-out eighth they make whole batches of the model's own text.
+    With the held-out text they make whole batches of the model's own text.
     """
-    tokens = 14_336 if loaded.model.device.type == "cuda" else 3_584
-    return CalibrationSettings(tokens=tokens, seed=seed)
+    cuda = loaded.model.device.type == "cuda"
+    if tuning and cuda:
+        return CalibrationSettings(tokens=253_952, statistics_tokens=32_768, seed=seed)
+    if tuning:
+        return CalibrationSettings(tokens=28_672, statistics_tokens=8_192, seed=seed)
+    return CalibrationSettings(tokens=14_336 if cuda else 3_584, seed=seed)
 
 
 def load_artifacts(

@@ -14,18 +14,19 @@ from wina.files import check_replaceable
 from wina.models import identify
 from wina.plan.plan import DOCUMENT
 from wina.progress import note
+from wina.tuning import TUNED, tuned_plan
 
 
 def plan(
     calibration: Annotated[Path, typer.Argument(help="A folder made by wina calibrate.")],
     sparsity: options.Sparsity = 0.5,
-    method: options.Method = "wina",
+    method: options.Method = None,
     allocation: options.Allocation = None,
     selection: options.Selection = "threshold",
     include_head: options.IncludeHead = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("plan"),
     model: Annotated[
-        str | None, typer.Option(help="The model, for --refine and greedy allocation.")
+        str | None, typer.Option(help="The model, for --refine, greedy and tuned.")
     ] = None,
     refine: Annotated[
         bool, typer.Option("--refine", help="Meet the target on held-out text; needs --model.")
@@ -44,25 +45,39 @@ def plan(
         wina plan calibration --sparsity 0.65 --refine --model demo -o plan
     """
     options.check_request(sparsity, method, allocation, selection)
-    if model is None and (refine or allocation == "greedy"):
-        what = "--refine" if refine else "--allocation greedy"
+    if model is None and (refine or allocation == "greedy" or method == TUNED):
+        what = (
+            "--refine" if refine else "--method tuned" if method == TUNED else "--allocation greedy"
+        )
         raise UsageError(f"{what} needs the model itself: add --model MODEL")
     check_replaceable(output, DOCUMENT)
     found = Calibration.load(calibration)
+    method = method or options.default_criterion(found)
     loaded = None
     if model is not None:
         loaded = options.load(model, dtype, device, revision, trust_remote_code)
         found.document.model.check(identify(loaded.model, loaded.name))
-    made = make_plan(
-        found,
-        sparsity,
-        method,
-        allocation,
-        selection,
-        include_head=include_head,
-        model=None if loaded is None else loaded.model,
-        refine=refine,
-    )
+    if method == TUNED:
+        assert loaded is not None
+        made = tuned_plan(
+            found,
+            loaded.model,
+            sparsity,
+            allocation=allocation,
+            include_head=include_head,
+            output=output,
+        )
+    else:
+        made = make_plan(
+            found,
+            sparsity,
+            method,
+            allocation,
+            selection,
+            include_head=include_head,
+            model=None if loaded is None else loaded.model,
+            refine=refine,
+        )
     made.save(output)
     document = made.document
     if as_json:

@@ -23,6 +23,7 @@ from wina.measures import score_plan
 from wina.models import LoadedModel, identify, start_ids
 from wina.plan import Plan
 from wina.progress import console
+from wina.tuning import TUNED
 
 PROMPT = "Explain in a few sentences why the sky is blue."
 SCORED_TOKENS = 2_048
@@ -39,12 +40,13 @@ def run(
     model: options.Model = None,
     prompt: Annotated[str, typer.Option(help="What the model is asked.")] = PROMPT,
     sparsity: options.Sparsity = 0.5,
-    method: options.Method = "wina",
+    method: options.Method = None,
     allocation: options.Allocation = None,
     selection: options.Selection = "threshold",
     include_head: options.IncludeHead = False,
     plan: options.PlanSource = None,
     calibration: options.CalibrationFolder = None,
+    retune: options.Retune = False,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -73,6 +75,10 @@ def run(
 
         wina run demo --plan plan --temperature 0.7 --json
     """
+    if retune and (plan is not None or calibration is not None or method not in (None, TUNED)):
+        raise UsageError("--retune makes a tuned plan: leave --plan, --calibration, --method out")
+    if retune:
+        method = TUNED
     options.check_request(sparsity, method, allocation, selection)
     sampling = Sampling(temperature, top_p, seed)
     if max_new_tokens < 1:
@@ -84,7 +90,16 @@ def run(
         artifact.document.model.check(identify(loaded.model, loaded.name))
     ids = encode_prompt(loaded.model, loaded.tokenizer, prompt, raw)
     found = options.find_plan(
-        loaded, found, statistics, sparsity, method, allocation, selection, include_head, seed
+        loaded,
+        found,
+        statistics,
+        sparsity,
+        method,
+        allocation,
+        selection,
+        include_head,
+        seed,
+        retune,
     )
 
     def answer(stream: bool) -> Generation:

@@ -3,6 +3,7 @@
 from wina.plan.extras import Extras, OutputGate, PlannedBasis
 from wina.plan.identity import ModelIdentity
 from wina.plan.plan import SCHEMA_VERSION, Plan, PlanDocument, PlannedLinear
+from wina.plan.shipped import shipped_plan, shipped_sparsities
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -13,4 +14,6 @@ __all__ = [
     "PlanDocument",
     "PlannedBasis",
     "PlannedLinear",
+    "shipped_plan",
+    "shipped_sparsities",
 ]

@@ -5,6 +5,13 @@ sparse positions) as the only parameters, and minimise KL(dense || sparse) on ca
 Decoding costs what it cost before.
 """
 
-from wina.tuning.run import TuningSettings, default_settings, interpolate, tune
+from wina.tuning.run import (
+    TUNED,
+    TuningSettings,
+    default_settings,
+    interpolate,
+    tune,
+    tuned_plan,
+)
 
-__all__ = ["TuningSettings", "default_settings", "interpolate", "tune"]
+__all__ = ["TUNED", "TuningSettings", "default_settings", "interpolate", "tune", "tuned_plan"]

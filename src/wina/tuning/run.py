@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from wina.calibration.artifact import Calibration
-from wina.calibration.planning import TOLERANCE, realized_sparsity
+from wina.calibration.planning import TOLERANCE, make_plan, realized_sparsity
 from wina.errors import UsageError, WinaError
 from wina.files import read_tensors, work_folder, write_tensors
 from wina.measures import score_plan
@@ -27,6 +27,8 @@ from wina.progress import bar, console
 from wina.statistics import LinearStatistics
 from wina.tuning.passes import Pass
 
+TUNED = "tuned"  # the name of the method, among those of criteria
+START = "loss"  # the criterion that tuning starts from
 STATE = "tuning.safetensors"
 LOWEST, HIGHEST = -30.0, 30.0  # of log t
 PROPORTIONAL, INTEGRAL = 50.0, 1.0
@@ -117,6 +119,35 @@ def tune(
     )
     with work_folder(output, fingerprint, (STATE,)) as folder:
         return _Tuner(model, calibration, statistics, start, settings, folder).run()
+
+
+def tuned_plan(
+    calibration: Calibration,
+    model: PreTrainedModel,
+    sparsity: float,
+    *,
+    method: str = START,
+    allocation: str | None = None,
+    include_head: bool = False,
+    settings: TuningSettings | None = None,
+    output: str | Path | None = None,
+) -> Plan:
+    """Return a tuned plan for a target sparsity; see ``tune`` and ``wina.calibration.make_plan``.
+
+    Args:
+        calibration: of the model.
+        model: dense.
+        sparsity: the target, above 0.
+        method: the criterion of the plan to start from.
+        allocation: of the plan to start from; None is what the calibration found better.
+        include_head: put lm_head under the same budget.
+        settings: of tuning.
+        output: the plan's folder, for work in progress.
+    """
+    start = make_plan(
+        calibration, sparsity, method, allocation, include_head=include_head, model=model
+    )
+    return tune(model, calibration, start, settings, output=output)
 
 
 class _Tuner:
@@ -257,8 +288,8 @@ class _Tuner:
         }
         tuned = document.model_copy(
             update={
-                "method": "tuned",
-                "allocation": "tuned",
+                "method": TUNED,
+                "allocation": TUNED,
                 "linears": linears,
                 "calibration": {
                     **document.calibration,
