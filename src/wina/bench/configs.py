@@ -147,13 +147,14 @@ class RandomText:
             first += 1
 
 
-class _Ids:
+class IdsOnly:
     """As much of a tokenizer as calibration asks of one whose text is random ids."""
 
     bos_token_id = None
     chat_template = None
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        """Return no ids: whatever starts a text is not added."""
         del text, add_special_tokens
         return {"input_ids": []}
 
@@ -165,4 +166,4 @@ def random_calibration(model: PreTrainedModel, name: str, seed: int = 0) -> Cali
     )
     vocabulary = model.config.get_text_config().vocab_size
     source = RandomText(vocabulary, seed)
-    return calibrate(model, _Ids(), source, settings, name=name)
+    return calibrate(model, IdsOnly(), source, settings, name=name)

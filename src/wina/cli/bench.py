@@ -73,6 +73,7 @@ def bench_command(
         baselines=names,
         compare_tokens=compare_tokens,
     )
+    method = method or "wina"
     for sparsity in settings.sparsities:
         options.check_request(sparsity, method, allocation, "threshold")
     if model is not None and config is not None:
