@@ -12,9 +12,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from wina import layers
 from wina.calibration import Calibration, CalibrationSettings, FileText, TextSource
 from wina.calibration import calibrate as run_calibration
+from wina.errors import UsageError
 from wina.integrations import hf
 from wina.models import family_of, identify
 from wina.plan import Plan
+from wina.selection import is_runnable
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -63,9 +65,15 @@ def sparsify(model: Model, plan: Plan, *, check: bool = True) -> Model:
             each gigabyte). Names and shapes are always checked.
 
     Raises:
+        UsageError: the plan's selection is for scoring alone.
         WinaError: the plan was made for another model; nothing is changed then.
     """
     hf.check_unquantized(model)
+    if not is_runnable(plan.document.selection):
+        raise UsageError(
+            f"selection {plan.document.selection!r} is for comparing methods: it costs more than "
+            "it saves. Score its plans with wina reproduce."
+        )
     if check:
         plan.document.model.check(identify(model, model.config.name_or_path))
     family_of(model)  # knows the classes of its linears from here on

@@ -19,6 +19,7 @@ from rich.progress import (
 T = TypeVar("T")
 
 console = Console(stderr=True)
+_depth = 0  # of bars; what runs inside one shows none of its own
 
 
 def note(text: str, style: str = "dim") -> None:
@@ -29,6 +30,7 @@ def note(text: str, style: str = "dim") -> None:
 @contextmanager
 def bar(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
     """Show a bar inside the block and yield the function that advances it."""
+    global _depth
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -37,10 +39,14 @@ def bar(description: str, total: int, done: int = 0) -> Iterator[Callable[[int],
         TimeRemainingColumn(),
     )
     with Progress(
-        *columns, console=console, disable=not console.is_terminal, transient=True
+        *columns, console=console, disable=_depth > 0 or not console.is_terminal, transient=True
     ) as progress:
         task = progress.add_task(description, total=total, completed=done)
-        yield lambda steps: progress.advance(task, steps)
+        _depth += 1
+        try:
+            yield lambda steps: progress.advance(task, steps)
+        finally:
+            _depth -= 1
 
 
 def track(items: Iterable[T], description: str, total: int, done: int = 0) -> Iterator[T]:

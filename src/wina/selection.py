@@ -13,15 +13,23 @@ from torch import Tensor
 
 from wina.errors import UsageError
 
-Selection = Literal["threshold", "topk"]
+Runnable = Literal["threshold", "topk"]
+# What research compares with; costs more than it saves, so it is for scoring alone.
+Selection = Literal["threshold", "topk", "random", "oracle"]
+ORACLE_ROUNDS = 32
 
 
 def check_selection(name: str) -> Selection:
-    """Return ``name`` if it is a selection, else raise UsageError."""
-    for known in get_args(Selection):
+    """Return ``name`` if it is a selection that models can run with, else raise UsageError."""
+    for known in get_args(Runnable):
         if name == known:
             return known  # type: ignore[no-any-return]
-    raise UsageError(f"unknown selection {name!r}; known: {', '.join(get_args(Selection))}")
+    raise UsageError(f"unknown selection {name!r}; known: {', '.join(get_args(Runnable))}")
+
+
+def is_runnable(selection: Selection) -> bool:
+    """Return whether a model can run with a selection outside scoring."""
+    return selection in get_args(Runnable)
 
 
 def threshold_mask(x: Tensor, thresholds: Tensor) -> Tensor:
@@ -47,6 +55,52 @@ def topk_mask(x: Tensor, scale: Tensor, keep: int) -> Tensor:
     scores = x.abs().float() * scale
     kept = scores.topk(keep, dim=-1, sorted=False).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, kept, True)
+
+
+def random_mask(x: Tensor, keep: int) -> Tensor:
+    """Return True for ``keep`` channels of each token, chosen by a hash of x's bits.
+
+    Pseudo-random, the same for the same input, and without a state to keep.
+
+    Args:
+        x: inputs, shape (..., in_features), any float dtype.
+        keep: channels kept, 0 <= keep <= in_features.
+    """
+    bits = x.float().contiguous().view(torch.int32).long() + torch.arange(x.shape[-1]).to(x.device)
+    for _ in range(2):
+        bits = (bits * 0x9E3779B1) & 0xFFFFFFFF
+        bits = bits ^ (bits >> 15)
+    kept = bits.topk(keep, dim=-1, sorted=False).indices
+    return torch.zeros_like(bits, dtype=torch.bool).scatter_(-1, kept, True)
+
+
+def oracle_mask(x: Tensor, weight: Tensor, keep: int, rounds: int = ORACLE_ROUNDS) -> Tensor:
+    """Return True for ``keep`` channels of each token, the others chosen greedily by exact error.
+
+    With e the dropped part of x and G = W^T W, dropping j as well changes the squared error
+    ||W e||^2 by x_j^2 G_jj + 2 x_j (G e)_j. Each round drops an equal share of what is to be
+    dropped where that is least; one channel a round is the greedy algorithm proper.
+
+    Args:
+        x: inputs, shape (..., in_features), any float dtype.
+        weight: W, shape (out_features, in_features).
+        keep: channels kept, 0 <= keep <= in_features.
+        rounds: of dropping.
+    """
+    flat = x.reshape(-1, x.shape[-1]).float()
+    gram = weight.float().T @ weight.float()
+    own = flat.square() * gram.diag()
+    dropped = torch.zeros_like(flat, dtype=torch.bool)
+    left = flat.shape[-1] - keep
+    for round_number in range(rounds):
+        step = left * (round_number + 1) // rounds - left * round_number // rounds
+        if step == 0:
+            continue
+        change = own + 2 * flat * (torch.where(dropped, flat, 0) @ gram)
+        change = change.masked_fill(dropped, torch.inf)
+        chosen = change.topk(step, dim=-1, largest=False, sorted=False).indices
+        dropped.scatter_(-1, chosen, True)
+    return ~dropped.view(x.shape)
 
 
 def channels_kept(in_features: int, sparsity: float) -> int:

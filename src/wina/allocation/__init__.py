@@ -7,7 +7,7 @@ token is up to the selection: a threshold at that quantile of the linear's score
 from wina.allocation.base import Allocator, allocations
 from wina.allocation.build import build_plan
 from wina.allocation.globally import allocate_globally, loss_scale
-from wina.allocation.greedy import allocate_greedily
+from wina.allocation.greedy import allocate_greedily, greedy_path
 from wina.allocation.uniform import allocate_uniformly
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "allocate_uniformly",
     "allocations",
     "build_plan",
+    "greedy_path",
     "loss_scale",
 ]

@@ -42,7 +42,22 @@ def allocate_greedily(
     target: float,
     dense_prefix: int,
 ) -> Tensor:
-    """Return each linear's sparsity.
+    """Return each linear's sparsity: ``greedy_path`` to one target, the same for every block."""
+    budgets = torch.full((1, len(blocks(model)[1])), target, dtype=torch.float64)
+    return greedy_path(model, ids, statistics, criterion, selection, budgets, dense_prefix)[0]
+
+
+@torch.no_grad()
+def greedy_path(
+    model: nn.Module,
+    ids: Tensor,
+    statistics: Sequence[LinearStatistics],
+    criterion: Criterion,
+    selection: Selection,
+    targets: Tensor,
+    dense_prefix: int,
+) -> Tensor:
+    """Return each linear's sparsity at several targets that one search passes through.
 
     One dense forward pass goes through the model, and each block is searched while it is at the
     block, on the block's own dense inputs; no activation outlives its block.
@@ -54,10 +69,13 @@ def allocate_greedily(
             target.
         criterion: the scores.
         selection: how channels are chosen during the search.
-        target: sparsity of every block, in [0, 1).
+        targets: sparsity of every block, in [0, 1), shape (targets, blocks), float64, rising.
         dense_prefix: first positions, which stay dense and do not count.
+
+    Returns:
+        Shape (targets, linears), float64.
     """
-    sparsities = torch.full((len(statistics),), target, dtype=torch.float64)
+    sparsities = targets.mean(1, keepdim=True).repeat(1, len(statistics))
     members: dict[int, list[int]] = {}
     for index, linear in enumerate(statistics):
         if linear.site.block is not None and linear.site.expert is None:
@@ -75,8 +93,9 @@ def allocate_greedily(
             return
         linears = [modules[linear.site.name] for linear in local]
         with _sparse(linears, local, criterion, selection, dense_prefix, ids) as gates:
-            sparsities[indices] = _search_block(
-                block, args, kwargs, _hidden(output), local, gates, target, dense_prefix
+            budgets = targets[:, number].tolist()
+            sparsities[:, indices] = _search_block(
+                block, args, kwargs, _hidden(output), local, gates, budgets, dense_prefix
             )
 
     handles: list[RemovableHandle] = [
@@ -97,7 +116,7 @@ def _search_block(
     dense: Tensor,
     statistics: Sequence[LinearStatistics],
     gates: Sequence[_Gate],
-    target: float,
+    targets: Sequence[float],
     dense_prefix: int,
 ) -> Tensor:
     def error() -> float:
@@ -106,30 +125,33 @@ def _search_block(
 
     sparsities = torch.zeros(len(statistics), dtype=torch.float64)
     weights = torch.tensor([linear.site.weights for linear in statistics], dtype=torch.float64)
-    budget = target * float(weights.sum())
     current = 0.0
-    while (left := budget - float((sparsities * weights).sum())) > 0.5:
-        best: tuple[float, float, int, float] | None = None
-        for index, gate in enumerate(gates):
-            equal = STEP * float(weights.sum() / weights[index])
-            # The last step is no longer than the budget left.
-            step = min(
-                equal, LONGEST, MOST - float(sparsities[index]), left / float(weights[index])
-            )
-            if step <= 1e-9:
-                continue
-            gate.set(float(sparsities[index]) + step)
-            after = error()
-            gate.set(float(sparsities[index]))
-            price = (after - current) / (step * float(weights[index]))
-            if best is None or price < best[0]:
-                best = price, after, index, step
-        if best is None:
-            break
-        _, current, index, step = best
-        sparsities[index] += step
-        gates[index].set(float(sparsities[index]))
-    return sparsities
+    found = []
+    for target in targets:
+        budget = target * float(weights.sum())
+        while (left := budget - float((sparsities * weights).sum())) > 0.5:
+            best: tuple[float, float, int, float] | None = None
+            for index, gate in enumerate(gates):
+                equal = STEP * float(weights.sum() / weights[index])
+                # The last step is no longer than the budget left.
+                step = min(
+                    equal, LONGEST, MOST - float(sparsities[index]), left / float(weights[index])
+                )
+                if step <= 1e-9:
+                    continue
+                gate.set(float(sparsities[index]) + step)
+                after = error()
+                gate.set(float(sparsities[index]))
+                price = (after - current) / (step * float(weights[index]))
+                if best is None or price < best[0]:
+                    best = price, after, index, step
+            if best is None:
+                break
+            _, current, index, step = best
+            sparsities[index] += step
+            gates[index].set(float(sparsities[index]))
+        found.append(sparsities.clone())
+    return torch.stack(found)
 
 
 class _Gate:

@@ -46,6 +46,9 @@ def change_basis(model: nn.Module, groups: Mapping[str, tuple[Sequence[str], Bas
             undo.append(_restoring(parameter))
             rotated = moved.rotate_weight(matrix(layer).detach())
             parameter.data = rotated.t().contiguous() if isinstance(layer, Conv1D) else rotated
+            if bool((rotated == 0).all(0).any()):
+                layer.has_zero_columns = True  # type: ignore[assignment]
+                undo.append(lambda layer=layer: delattr(layer, "has_zero_columns"))  # type: ignore[misc]
             undo.append(layer.register_forward_pre_hook(rotate).remove)
     return lambda: _undo(undo)
 

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from wina.errors import UsageError
 from wina.kernels import sparse_linear
 from wina.layers.phase import Phase
-from wina.selection import Selection, threshold_mask, topk_mask
+from wina.selection import Selection, oracle_mask, random_mask, threshold_mask, topk_mask
 
 FEW = 16  # rows up to which a dense call on an input-major weight goes to wina's kernel
 
@@ -41,6 +41,7 @@ class SparseLayer(nn.Module):
     phase: Phase
     active: bool
     sparse_bias: Tensor | None
+    has_zero_columns: bool = False  # W has some, as a weight in a basis may
 
     @property
     def vector_name(self) -> str:
@@ -56,6 +57,10 @@ class SparseLayer(nn.Module):
         """Return True for the channels of ``x`` (..., in_features) that stay in sparse mode."""
         if self.keep is None:
             return threshold_mask(x, self.vector)
+        if self.selection == "random":
+            return random_mask(x, self.keep)
+        if self.selection == "oracle":
+            return oracle_mask(x, matrix(self), self.keep)
         return topk_mask(x, self.vector, self.keep)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -41,6 +41,8 @@ class SparsityCounter:
         self._dropped: dict[str, Tensor] = {}
         self._rows: dict[str, int] = {}
         self._shape: dict[str, tuple[int, int]] = {}
+        self._skips: dict[str, int] = {}  # weights of another linear that a channel saves
+        self._free: dict[str, Tensor] = {}  # kept channels whose column of W is zero
 
     def __enter__(self) -> SparsityCounter:
         phase = phase_of(self._model)
@@ -48,6 +50,7 @@ class SparsityCounter:
         for name, layer in sparse_layers(self._model):
             out_features, in_features = matrix(layer).shape
             self._shape[name] = (in_features, out_features)
+            self._skips[name] = getattr(layer, "skips", ("", 0))[1]
             self._handles.append(layer.register_forward_pre_hook(self._observer(name, phase)))
         return self
 
@@ -67,13 +70,20 @@ class SparsityCounter:
             if rows is False:
                 return
             x = args[0]
-            dropped = ~layer.mask(x) if layer.active else torch.zeros_like(x, dtype=torch.bool)
             seen = x[..., 0].numel()
-            if isinstance(rows, Tensor):
-                counted = align(rows, x)
-                dropped &= counted
+            counted = align(rows, x) if isinstance(rows, Tensor) else None
+            if counted is not None:
                 seen = int(counted.sum()) * (seen // len(counted))
-            total = dropped.sum()
+            if layer.keep is not None and not layer.has_zero_columns:
+                total = torch.tensor(seen * (x.shape[-1] - layer.keep))
+            else:
+                kept = layer.mask(x) if layer.active else torch.ones_like(x, dtype=torch.bool)
+                if counted is not None:
+                    kept = kept & counted
+                total = seen * x.shape[-1] - kept.sum()
+                if layer.has_zero_columns:
+                    free = (kept & (matrix(layer) == 0).all(0)).sum()
+                    self._free[name] = self._free.get(name, torch.tensor(0)) + free.cpu()
             self._dropped[name] = self._dropped[name] + total if name in self._dropped else total
             self._rows[name] = self._rows.get(name, 0) + seen
 
@@ -92,7 +102,7 @@ class SparsityCounter:
         saved = spent = 0
         for name, total in self._dropped.items():
             in_features, out_features = self._shape[name]
-            saved += int(total) * out_features
+            saved += int(total) * (out_features + self._skips[name])
             spent += self._rows[name] * in_features * out_features
         return saved, spent
 
@@ -101,3 +111,10 @@ class SparsityCounter:
         """Share of weights not touched, over all counted linears and positions."""
         saved, spent = self.weights
         return saved / max(1, spent)
+
+    @property
+    def read(self) -> float:
+        """Weights read for a token: those of channels that are kept and not zero in W."""
+        saved, spent = self.weights
+        free = sum(int(total) * self._shape[name][1] for name, total in self._free.items())
+        return (spent - saved - free) / max(1, *self._rows.values())
