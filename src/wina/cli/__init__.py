@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import typer
 from transformers.utils import logging as transformers_logging
 
-from wina.cli import bench, calibrate, chat, cost, evaluate, inspect, plan, run, tune
+from wina.cli import bench, calibrate, chat, cost, evaluate, inspect, plan, reproduce, run, tune
 from wina.errors import UsageError, WinaError
 from wina.progress import note
 
@@ -35,6 +35,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench_command)
 app.command("inspect")(inspect.inspect)
 app.command("cost")(cost.cost)
+app.command("reproduce")(reproduce.reproduce)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

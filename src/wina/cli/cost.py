@@ -11,16 +11,16 @@ from rich.table import Table
 from wina.cli import options
 from wina.cost import Part, TokenCost, token_cost
 from wina.errors import UsageError
+from wina.methods import methods
 from wina.models.loading import load_config
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
-ROTATED = {"wina": False, "teal": False, "wina-paper": True, "teal-transform": True}
 
 
 def cost(
     model: options.Model = None,
     sparsity: options.Sparsity = 0.5,
-    preset: Annotated[str, typer.Option(help=f"One of {', '.join(ROTATED)}.")] = "wina",
+    preset: options.Preset = "wina",
     dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(BYTES)}.")] = "bfloat16",
     revision: options.Revision = None,
     as_json: options.Json = False,
@@ -35,12 +35,18 @@ def cost(
 
         wina cost meta-llama/Meta-Llama-3-8B --sparsity 0.5 --preset wina-paper
     """
-    if preset not in ROTATED:
-        raise UsageError(f"unknown preset {preset!r}; known: {', '.join(ROTATED)}")
+    method = methods.get(preset)
+    if method.adds:
+        raise UsageError(
+            f"a config does not tell the cost of {preset!r}: it adds {method.adds}. "
+            "wina reproduce measures the bytes of its plans."
+        )
     if dtype not in BYTES:
         raise UsageError(f"unsupported dtype {dtype!r}; known: {', '.join(BYTES)}")
     config = load_config(model, revision)
-    found = token_cost(config, sparsity, rotated=ROTATED[preset], bytes_per_weight=BYTES[dtype])
+    found = token_cost(
+        config, sparsity, rotated=method.basis is not None, bytes_per_weight=BYTES[dtype]
+    )
     if as_json:
         options.print_json({"preset": preset, "dtype": dtype, **found.record()})
     else:

@@ -42,6 +42,10 @@ Method = Annotated[
 Retune = Annotated[
     bool, typer.Option("--retune", help="Tune a plan for this model now, and keep it.")
 ]
+Preset = Annotated[
+    str,
+    typer.Option(help="A published method as a whole: wina-paper, teal-transform, larosa, ..."),
+]
 Allocation = Annotated[
     str | None,
     typer.Option(help="uniform, global or greedy; omitted: what calibration found better."),

@@ -10,6 +10,7 @@ import typer
 from wina.calibration import Calibration, make_plan
 from wina.cli import options
 from wina.errors import UsageError
+from wina.methods import Setting, methods
 from wina.files import check_replaceable
 from wina.models import identify
 from wina.plan.plan import DOCUMENT
@@ -28,6 +29,13 @@ def plan(
     model: Annotated[
         str | None, typer.Option(help="The model, for --refine, greedy and tuned.")
     ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="A published method as a whole (wina-paper, teal-transform, larosa, ...), in "
+            "place of method, allocation and selection; needs --model."
+        ),
+    ] = None,
     refine: Annotated[
         bool, typer.Option("--refine", help="Meet the target on held-out text; needs --model.")
     ] = False,
@@ -43,11 +51,26 @@ def plan(
         wina plan calibration --sparsity 0.5 -o plan
 
         wina plan calibration --sparsity 0.65 --refine --model demo -o plan
+
+        wina plan calibration --preset wina-paper --model demo -o plan
     """
+    if preset is not None:
+        methods.get(preset)
+        if method is not None or allocation is not None or selection != "threshold" or include_head:
+            raise UsageError(
+                "--preset is a whole method: give no --method, --allocation, --selection or "
+                "--include-head with it"
+            )
     options.check_request(sparsity, method, allocation, selection)
-    if model is None and (refine or allocation == "greedy" or method == TUNED):
+    if model is None and (refine or allocation == "greedy" or method == TUNED or preset):
         what = (
-            "--refine" if refine else "--method tuned" if method == TUNED else "--allocation greedy"
+            "--preset"
+            if preset
+            else "--refine"
+            if refine
+            else "--method tuned"
+            if method == TUNED
+            else "--allocation greedy"
         )
         raise UsageError(f"{what} needs the model itself: add --model MODEL")
     check_replaceable(output, DOCUMENT)
@@ -57,7 +80,10 @@ def plan(
     if model is not None:
         loaded = options.load(model, dtype, device, revision, trust_remote_code)
         found.document.model.check(identify(loaded.model, loaded.name))
-    if method == TUNED:
+    if preset is not None:
+        assert loaded is not None
+        made = methods.get(preset).plan(Setting(loaded.model, found), sparsity)
+    elif method == TUNED:
         assert loaded is not None
         made = tuned_plan(
             found,

@@ -1,0 +1,305 @@
+"""The grid: each cell is a method at a sparsity on a model, kept in a file of its own when done.
+
+Started again with the same settings, a grid goes on with the cells that are missing; more models,
+methods and sparsities may be added to it.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from wina.allocation.build import versions
+from wina.calibration import CalibrationSettings, FileText, SelfText, calibrate
+from wina.calibration.text import check_text
+from wina.errors import UsageError
+from wina.evaluation import text_windows
+from wina.files import read_json, write_text
+from wina.layers import SparsityCounter, scoring
+from wina.measures import Totals, compare
+from wina.methods import Method, Setting, methods
+from wina.models import LoadedModel, load_model
+from wina.plan import Plan
+from wina.progress import bar, note
+from wina.selection import check_sparsity
+
+SETTINGS = "settings.json"
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class GridSettings:
+    """What all cells of a grid have in common.
+
+    Attributes:
+        text: UTF-8 files that are scored.
+        calibration_text: UTF-8 files; none lets each model write its own.
+        tokens: to score at most.
+        calibration_tokens: of calibration.
+        context: positions of a window.
+        dense_prefix: first positions of a window, dense and not scored.
+        seed: of what is random.
+        dtype: of the weights; auto is the checkpoint's.
+    """
+
+    text: tuple[Path, ...]
+    calibration_text: tuple[Path, ...] = ()
+    tokens: int = 20_480
+    calibration_tokens: int = 16_384
+    context: int = 2_048
+    dense_prefix: int = 20
+    seed: int = 0
+    dtype: str = "float32"
+
+    def record(self) -> str:
+        """Return the settings as text, to tell one grid from another; files go by their names."""
+        fields = asdict(self)
+        for name in ("text", "calibration_text"):
+            fields[name] = [path.name for path in fields[name]]
+        return "\n".join(f"{name} = {value}" for name, value in fields.items()) + "\n"
+
+
+class Cell(BaseModel):
+    """One result.
+
+    Attributes:
+        status: done, or refused: the method cannot do this, for ``reason``.
+        sparsity: realized, of the gates: the share of the planned linears' weights not touched.
+        bytes: of weights, thresholds, rotations and low-rank terms read for a token, head included.
+        dense_bytes: what the dense model reads.
+        nll: summed negative log likelihood of each window, nats; ``dense_nll`` the dense model's.
+        positions: scored positions of each window.
+        plan_seconds: making the plan; searches shared with other sparsities count where they ran.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    method: str
+    paper: str
+    departures: str
+    target: float
+    status: Literal["done", "refused"] = "done"
+    reason: str = ""
+    sparsity: float = 0.0
+    bytes: float = 0.0
+    dense_bytes: float = 0.0
+    nll: list[float] = []
+    dense_nll: list[float] = []
+    positions: list[int] = []
+    kl: float = 0.0
+    agreement: float = 0.0
+    seed: int
+    dtype: str
+    device: str
+    plan_seconds: float = 0.0
+    score_seconds: float = 0.0
+    versions: dict[str, str]
+
+
+def reproduce(
+    output: Path,
+    models: Sequence[str],
+    names: Sequence[str],
+    sparsities: Sequence[float],
+    settings: GridSettings,
+    device: str = "auto",
+) -> list[Cell]:
+    """Fill a grid, going on where it was, and return all its cells in order.
+
+    Args:
+        output: folder of the grid.
+        models: hub ids, folders or GGUF files.
+        names: of methods.
+        sparsities: targets, in (0, 1).
+        settings: what the cells have in common.
+        device: a torch device, or auto.
+
+    Raises:
+        UsageError: an unknown name or bad number, or the folder holds a grid of other settings.
+    """
+    chosen = [methods.get(name) for name in names]
+    for sparsity in sparsities:
+        if check_sparsity(sparsity) == 0:
+            raise UsageError("the dense model is scored anyway; sparsities must be above 0")
+    for path in (*settings.text, *settings.calibration_text):
+        check_text(path)
+    _check_folder(output, settings)
+    order = sorted(set(sparsities), reverse=True)  # a search to the highest serves the others
+    wanted = [(model, method, s) for model in models for method in chosen for s in order]
+    todo = [x for x in wanted if not _path(output, *x).exists()]
+    with bar("reproduce", len(wanted), len(wanted) - len(todo)) as advance:
+        for model in models:
+            mine = [(method, s) for name, method, s in todo if name == model]
+            if mine:
+                _fill(output, model, mine, order, settings, device, advance)
+    cells = [read_json(_path(output, *x), Cell) for x in wanted]
+    return sorted(cells, key=lambda x: (models.index(x.model), names.index(x.method), x.target))
+
+
+def _check_folder(output: Path, settings: GridSettings) -> None:
+    path = output / SETTINGS
+    if path.exists() and path.read_text(encoding="utf-8") != settings.record():
+        raise UsageError(f"{output} holds a grid of other settings (see {path}); choose another")
+    if not path.exists() and output.exists() and any(output.iterdir()):
+        raise UsageError(f"{output} exists and is not a grid; choose another folder")
+    write_text(path, settings.record())
+
+
+def short_name(model: str) -> str:
+    """Return a model's name as a file's."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name if "/" in model else model)
+
+
+def _path(output: Path, model: str, method: Method, sparsity: float) -> Path:
+    return output / "cells" / short_name(model) / f"{method.name}-{sparsity:g}.json"
+
+
+def _fill(
+    output: Path,
+    source: str,
+    todo: Sequence[tuple[Method, float]],
+    sparsities: Sequence[float],
+    settings: GridSettings,
+    device: str,
+    advance: Callable[[int], None],
+) -> None:
+    loaded = load_model(source, dtype=settings.dtype, device=device)
+    model = loaded.model
+    windows, _ = text_windows(
+        model,
+        loaded.tokenizer,
+        settings.text,
+        settings.tokens,
+        settings.context,
+        settings.dense_prefix,
+    )
+    setting = Setting(model, _calibration(output, source, loaded, settings), sparsities)
+    setting.seed = settings.seed
+    for method, sparsity in todo:
+        facts: dict[str, Any] = {
+            "model": source,
+            "method": method.name,
+            "paper": method.paper,
+            "departures": method.departures,
+            "target": sparsity,
+            "seed": settings.seed,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": _device_name(model.device),
+            "versions": versions(),
+        }
+        begin = time.perf_counter()
+        try:
+            plan = method.plan(setting, sparsity)
+        except UsageError as error:
+            cell = Cell(**facts, status="refused", reason=str(error))
+        else:
+            planned = time.perf_counter()
+            scores = _score(model, plan, windows, settings.dense_prefix)
+            seconds: dict[str, Any] = {
+                "plan_seconds": planned - begin,
+                "score_seconds": time.perf_counter() - planned,
+            }
+            cell = Cell(**facts, **scores, **seconds)
+        write_text(_path(output, source, method, sparsity), cell.model_dump_json(indent=1))
+        advance(1)
+        note(f"{source}, {method.name} at {sparsity:.0%}: {_said(cell)}")
+
+
+def _said(cell: Cell) -> str:
+    if cell.status == "refused":
+        return cell.reason
+    return (
+        f"perplexity {perplexity(cell.nll, cell.positions):.3f}, sparsity {cell.sparsity:.3f}, "
+        f"plan {cell.plan_seconds:.1f} s, score {cell.score_seconds:.1f} s"
+    )
+
+
+def perplexity(nll: Sequence[float], positions: Sequence[int]) -> float:
+    """Return exp of the mean negative log likelihood."""
+    return Totals(sum(positions), sum(nll)).perplexity
+
+
+def _calibration(output: Path, source: str, loaded: LoadedModel, settings: GridSettings) -> Any:
+    text = FileText(settings.calibration_text) if settings.calibration_text else None
+    return calibrate(
+        loaded.model,
+        loaded.tokenizer,
+        text or SelfText(seed=settings.seed),
+        CalibrationSettings(
+            tokens=settings.calibration_tokens,
+            context=settings.context,
+            dense_prefix=settings.dense_prefix,
+            seed=settings.seed,
+            verdict=False,
+        ),
+        name=loaded.name,
+        revision=loaded.revision,
+        output=output / "calibrations" / short_name(source),
+    )
+
+
+@torch.no_grad()
+def _score(
+    model: PreTrainedModel, plan: Plan, windows: Sequence[Tensor], dense_prefix: int
+) -> dict[str, Any]:
+    parts = []
+    with scoring(model, plan, dense_prefix) as phase, SparsityCounter(model) as counter:
+        for window in windows:
+            ids = window.to(model.device)
+            with phase.force("dense"):
+                dense = model(ids, use_cache=False).logits[0, dense_prefix:-1]
+            logits = model(ids, use_cache=False).logits[0, dense_prefix:-1]
+            parts.append(compare(logits, ids[0, dense_prefix + 1 :], dense))
+    total = sum(parts, Totals())
+    width = model.dtype.itemsize
+    head = _head_bytes(model)
+    planned = sum(x.in_features * x.out_features * x.usage for x in plan.document.linears.values())
+    return {
+        "sparsity": counter.sparsity,
+        "bytes": counter.read * width + head + extra_bytes(plan, width),
+        "dense_bytes": planned * width + head,
+        "nll": [part.nll for part in parts],
+        "dense_nll": [part.dense_nll for part in parts],
+        "positions": [part.positions for part in parts],
+        "kl": total.kl,
+        "agreement": total.agreement,
+    }
+
+
+def extra_bytes(plan: Plan, width: int) -> float:
+    """Return the bytes that a plan reads for a token beside the linears' weights.
+
+    Thresholds or scales are float32; a rotation, a low-rank term and a tuned bias have the
+    weights' width.
+
+    Args:
+        plan: the plan.
+        width: bytes of a weight.
+    """
+    gates = 4 * sum(vector.numel() for vector in plan.vectors.values())
+    gates += width * sum(bias.numel() for bias in plan.biases.values())
+    for name, part in plan.parts.items():
+        if name.endswith(".output_thresholds"):
+            gates += 4 * part.numel()
+        elif not name.endswith(".basis_scale"):  # it is multiplied into the rotation
+            gates += width * part.numel()
+    return gates
+
+
+def _head_bytes(model: PreTrainedModel) -> float:
+    head = model.get_output_embeddings()
+    return 0.0 if head is None else float(head.weight.numel() * head.weight.itemsize)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
