@@ -10,8 +10,8 @@ import typer
 from wina.calibration import Calibration, make_plan
 from wina.cli import options
 from wina.errors import UsageError
-from wina.methods import Setting, methods
 from wina.files import check_replaceable
+from wina.methods import Setting, methods
 from wina.models import identify
 from wina.plan.plan import DOCUMENT
 from wina.progress import note

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel
 
 from wina.calibration import Calibration
+from wina.calibration.planning import GREEDY_TOKENS
 from wina.errors import UsageError
 from wina.plan import Plan
 from wina.registry import Registry
@@ -26,12 +27,14 @@ class Setting:
         calibration: of the model.
         sparsities: all targets that will be asked for, so that one search may serve them all.
         seed: of what is random.
+        search_tokens: of calibration text that a greedy search reads.
     """
 
     model: PreTrainedModel
     calibration: Calibration
     sparsities: Sequence[float] = ()
     seed: int = 0
+    search_tokens: int = GREEDY_TOKENS
     _made: dict[Any, Any] = field(default_factory=dict)
 
     def once(self, key: Any, make: Callable[[], T]) -> T:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from wina.allocation import build_plan, greedy_path
 from wina.calibration import Calibration, make_plan
-from wina.calibration.planning import GREEDY_TOKENS
 from wina.calibration.rotated import find_bases, in_bases, recollect, with_bases
 from wina.criteria import Criterion, criteria
 from wina.methods.base import Setting
@@ -78,7 +77,7 @@ def greedy(
         budgets = torch.tensor(targets, dtype=torch.float64)[:, None].repeat(1, number)
         return greedy_path(
             setting.model,
-            search_ids(setting),
+            search_ids(setting, setting.search_tokens),
             statistics,
             criterion,
             selection,
@@ -89,7 +88,7 @@ def greedy(
     return setting.once((key, tuple(targets)), search)[targets.index(sparsity)]
 
 
-def search_ids(setting: Setting, tokens: int = GREEDY_TOKENS) -> Tensor:
+def search_ids(setting: Setting, tokens: int) -> Tensor:
     """Return calibration tokens for a search, shape (windows, positions), on the model's device."""
     calibration = setting.calibration
     windows = calibration.windows(limit=max(1, tokens // calibration.document.window))

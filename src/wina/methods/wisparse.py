@@ -77,7 +77,7 @@ def wisparse(setting: Setting, sparsity: float) -> Plan:
         budgets = _evolve(setting, statistics, budgets, sparsity)
     shares = greedy_path(
         model,
-        search_ids(setting, FITNESS_TOKENS),
+        search_ids(setting, setting.search_tokens),
         statistics,
         criteria.get("wina"),
         "topk",

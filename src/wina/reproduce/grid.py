@@ -47,6 +47,7 @@ class GridSettings:
         calibration_tokens: of calibration.
         context: positions of a window.
         dense_prefix: first positions of a window, dense and not scored.
+        search_tokens: of calibration text that a greedy search reads.
         seed: of what is random.
         dtype: of the weights; auto is the checkpoint's.
     """
@@ -57,6 +58,7 @@ class GridSettings:
     calibration_tokens: int = 16_384
     context: int = 2_048
     dense_prefix: int = 20
+    search_tokens: int = 2_048
     seed: int = 0
     dtype: str = "float32"
 
@@ -183,8 +185,13 @@ def _fill(
         settings.context,
         settings.dense_prefix,
     )
-    setting = Setting(model, _calibration(output, source, loaded, settings), sparsities)
-    setting.seed = settings.seed
+    setting = Setting(
+        model,
+        _calibration(output, source, loaded, settings),
+        sparsities,
+        settings.seed,
+        settings.search_tokens,
+    )
     for method, sparsity in todo:
         facts: dict[str, Any] = {
             "model": source,
