@@ -66,10 +66,11 @@ def random_mask(x: Tensor, keep: int) -> Tensor:
         x: inputs, shape (..., in_features), any float dtype.
         keep: channels kept, 0 <= keep <= in_features.
     """
-    bits = x.float().contiguous().view(torch.int32).long() + torch.arange(x.shape[-1]).to(x.device)
-    for _ in range(2):
-        bits = (bits * 0x9E3779B1) & 0xFFFFFFFF
-        bits = bits ^ (bits >> 15)
+    places = torch.arange(x.shape[-1], device=x.device) * 0x9E3779B1
+    bits = (x.float().contiguous().view(torch.int32).long() ^ places) & 0xFFFFFFFF
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # MurmurHash3's finalizer
+        bits = ((bits ^ (bits >> shift)) * factor) & 0xFFFFFFFF
+    bits = bits ^ (bits >> 16)
     kept = bits.topk(keep, dim=-1, sorted=False).indices
     return torch.zeros_like(bits, dtype=torch.bool).scatter_(-1, kept, True)
 

@@ -1,0 +1,347 @@
+"""Each method against its own formula, on tiny models and small tensors."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import EntryPoint
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import wina
+from tests.bases.test_bases import model_of
+from tests.helpers import Cli, english, make_tokenizer, prompt
+from wina import registry
+from wina.allocation import greedy_path
+from wina.bases import Basis
+from wina.criteria import criteria
+from wina.errors import UsageError
+from wina.layers import SparsityCounter, scoring
+from wina.layers.linear import matrix
+from wina.methods import Method, Setting, methods, recipe
+from wina.methods.probe import dropped_by_topk
+from wina.methods.rsparse import factors, split
+from wina.methods.wisparse import ALPHAS, HIGHEST, LOWEST, best_alpha, mutate
+from wina.plan import Plan
+from wina.selection import oracle_mask, random_mask, topk_mask
+
+GATE, UP, DOWN = (f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    """A tiny Llama and its calibration."""
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text(english(8_000))
+    model = model_of("llama")
+    calibration = wina.calibrate(
+        model, make_tokenizer(), text, tokens=1024, context=128, dense_prefix=4, verdict=False
+    )
+    return Setting(model, calibration, (0.3, 0.5))
+
+
+@pytest.fixture
+def setting(base: Setting) -> Iterator[Setting]:
+    before = {name: x.clone() for name, x in base.model.state_dict().items()}
+    yield base
+    after = base.model.state_dict()
+    assert all(x.equal(after[name]) for name, x in before.items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.model.modules())
+
+
+def forward(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(prompt(24), use_cache=False).logits
+    return found
+
+
+def shares_of(plan: Plan) -> list[float]:
+    return [x.sparsity for x in plan.document.linears.values()]
+
+
+@pytest.mark.parametrize("name", list(methods))
+def test_every_method_says_what_it_is_and_meets_its_target(setting: Setting, name: str) -> None:
+    method = methods.get(name)
+    assert method.paper
+    plan = method.plan(setting, 0.3)
+    assert plan.document.method == name
+    extras = plan.document.extras
+    assert method.basis == next((x.maker for x in extras.bases.values()), None) if extras else True
+    with scoring(setting.model, plan, 4), SparsityCounter(setting.model) as counter:
+        for ids in setting.calibration.windows(held_out=True):
+            with torch.no_grad():
+                setting.model(ids, use_cache=False)
+    if name != "r-sparse":  # what its gates drop it partly reads as a low-rank term
+        assert counter.sparsity == pytest.approx(0.3, abs=0.03)
+    with pytest.raises(UsageError, match="above 0"):
+        method.plan(setting, 0.0)
+
+
+def test_wina_paper_is_transform_norms_on_k_and_gate_greedy_topk(setting: Setting) -> None:
+    plan = methods.get("wina-paper").plan(setting, 0.5)
+    assert plan.document.selection == "topk"
+    assert plan.document.allocation == "greedy"
+    assert len(set(shares_of(plan))) > 3
+    for name, vector in plan.vectors.items():
+        kind = name.rpartition(".")[2]
+        if kind in ("k_proj", "gate_proj"):
+            basis = Basis(plan.parts[f"{name}.basis"], plan.parts[f"{name}.basis_scale"])
+            weight = matrix(setting.model.get_submodule(name)).detach()
+            assert torch.allclose(vector, basis.rotate_weight(weight).norm(dim=0), atol=1e-5)
+            # Columns of W Q are orthogonal, by falling norm.
+            assert (vector.diff() <= 1e-5).all()
+        else:
+            assert vector.equal(torch.ones_like(vector))
+    other = methods.get("teal-transform").plan(setting, 0.5)
+    assert all(vector.equal(torch.ones_like(vector)) for vector in other.vectors.values())
+    assert all(part.equal(other.parts[name]) for name, part in plan.parts.items())
+
+
+def test_zero_columns_are_not_read(setting: Setting) -> None:
+    """k_proj has 16 outputs and 32 inputs: half of its columns are zero in the svd basis."""
+    plan = recipe("wina-kgate", "uniform", "topk", "svd")(setting, 0.25)
+    k = "model.layers.0.self_attn.k_proj"
+    with scoring(setting.model, plan, 0), SparsityCounter(setting.model) as counter:
+        forward(setting.model)
+    weights = {n: x.in_features * x.out_features for n, x in plan.document.linears.items()}
+    assert counter.by_linear()[k] == 0.25  # the gate keeps 24 of 32, but 16 are not zero
+    kept = sum(0.75 * count for count in weights.values())
+    assert counter.read == pytest.approx(kept - 2 * (24 - 16) * 16)
+
+
+def test_larosa_is_uniform_topk_of_magnitudes_in_the_inputs_principal_components(
+    setting: Setting,
+) -> None:
+    plan = methods.get("larosa").plan(setting, 0.5)
+    assert set(shares_of(plan)) == {0.5}
+    assert all(vector.equal(torch.ones_like(vector)) for vector in plan.vectors.values())
+    assert plan.document.extras is not None
+    assert {x.maker for x in plan.document.extras.bases.values()} == {"pca"}
+
+
+def test_one_greedy_search_serves_several_targets(setting: Setting) -> None:
+    statistics = setting.calibration.linears(False)
+    ids = setting.calibration.windows(limit=1)[0]
+
+    def search(*targets: float) -> Tensor:
+        budgets = torch.tensor(targets, dtype=torch.float64)[:, None].repeat(1, 2)
+        criterion = criteria.get("teal")
+        return greedy_path(setting.model, ids, statistics, criterion, "topk", budgets, 4)
+
+    path = search(0.2, 0.4)
+    assert path[0].equal(search(0.2)[0])
+    assert (path[1] >= path[0]).all()
+    weights = torch.tensor([float(x.site.weights) for x in statistics], dtype=torch.float64)
+    assert ((path * weights).sum(1) / weights.sum()).tolist() == pytest.approx([0.2, 0.4])
+
+
+def test_cats_by_hand(setting: Setting) -> None:
+    plan = methods.get("cats").plan(setting, 0.3)
+    thresholds = plan.parts[f"{GATE}.output_thresholds"]
+    assert thresholds.unique().numel() == 1
+    mlp = setting.model.get_submodule("model.layers.0.mlp")
+    x = torch.randn(2, 7, 32)
+    act = torch.nn.functional.silu(mlp.gate_proj(x))
+    live = act.abs() >= thresholds
+    wanted = mlp.down_proj(torch.where(live, act, 0) * mlp.up_proj(x))
+    dense = mlp(x)
+    with scoring(setting.model, plan, 0) as phase, SparsityCounter(setting.model) as counter:
+        assert torch.allclose(mlp(x), wanted, atol=1e-5)
+        # Channels of down and rows of up are saved alike.
+        share = 1 - float(live.float().mean())
+        assert counter.by_linear()[DOWN] == pytest.approx(share)
+        assert counter.weights[0] == pytest.approx(share * 14 * 2 * 32 * 48)
+        with phase.force("dense"):
+            assert torch.allclose(mlp(x), dense)
+    assert share > 0.2
+
+
+def test_cats_says_what_it_cannot_reach(setting: Setting) -> None:
+    with pytest.raises(UsageError, match="cannot reach 65%"):
+        methods.get("cats").plan(setting, 0.65)
+    fused = replace(setting, model=model_of("phi3"))
+    calibration = setting.calibration
+    sites = [x for x in calibration.statistics if x.site.kind not in ("gate_proj", "up_proj")]
+    fused.calibration = replace(calibration, statistics=sites)
+    with pytest.raises(UsageError, match="separate gate_proj"):
+        methods.get("cats").plan(fused, 0.3)
+
+
+def test_rsparse_shares_one_budget(setting: Setting) -> None:
+    torch.manual_seed(0)
+    # Nearly low-rank, so that the term pays.
+    weight = torch.randn(40, 4) @ torch.randn(4, 64) + 0.05 * torch.randn(40, 64)
+    x = torch.randn(100, 64)
+    u, vh = factors(weight)
+    assert torch.allclose(u @ vh, weight, atol=1e-4)
+    for sparsity in (0.25, 0.5, 0.65):
+        found = split(x, weight, u, vh, sparsity)
+        rank = len(found.into)
+        assert rank > 0
+        read = (1 - found.sparsity) * 64 * 40 + rank * (64 + 40)
+        assert read == pytest.approx((1 - sparsity) * 64 * 40, abs=40)
+        rest = dropped_by_topk(x, torch.ones(64), found.sparsity)
+        lost = (rest @ weight.T - rest @ found.into.T @ found.out.T).square().sum()
+        plain = (dropped_by_topk(x, torch.ones(64), sparsity) @ weight.T).square().sum()
+        assert lost < plain
+        # The best approximation of its rank: nothing of rank r is nearer to W (Eckart-Young).
+        near = torch.linalg.svdvals(weight)[rank:].square().sum()
+        missed = (weight - found.out @ found.into).square().sum()
+        assert float(missed) == pytest.approx(float(near), rel=1e-3, abs=1e-6)
+
+
+def test_a_low_rank_term_by_hand(setting: Setting) -> None:
+    plan = methods.get("r-sparse").plan(setting, 0.5)
+    extras = plan.document.extras
+    if extras is None:
+        pytest.skip("no linear of this model gains by a low-rank term")
+    name, rank = next(iter(extras.low_ranks.items()))
+    into, out = plan.parts[f"{name}.low_rank_in"], plan.parts[f"{name}.low_rank_out"]
+    assert len(into) == rank
+    layer = setting.model.get_submodule(name)
+    x = torch.randn(2, 5, matrix(layer).shape[1])
+    keep = plan.document.linears[name].keep
+    assert keep is not None
+    kept = torch.where(topk_mask(x, plan.vectors[name], keep), x, 0)
+    wanted = layer(kept) + (x - kept) @ into.T @ out.T
+    with scoring(setting.model, plan, 0):
+        assert torch.allclose(layer(x), wanted, atol=1e-5)
+
+
+def test_wisparse_alpha_is_the_best_of_the_grid() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(20, 30) * torch.rand(30).square()
+    x = torch.randn(50, 30)
+    norm = weight.norm(dim=0)
+
+    def error(alpha: float) -> float:
+        mask = topk_mask(x, norm**alpha, 15)
+        return float((torch.where(mask, 0, x) @ weight.T).square().sum())
+
+    found = best_alpha(norm, x, weight, 0.5)
+    assert found > 0
+    assert error(found) == min(error(alpha) for alpha in ALPHAS)
+
+
+def test_wisparse_mutations_keep_the_budget() -> None:
+    draw = random.Random(0)
+    budgets = [0.5] * 6
+    for _ in range(300):
+        budgets = mutate(budgets, draw)
+        assert sum(budgets) / 6 == pytest.approx(0.5)
+        assert min(budgets) >= LOWEST - 1e-9
+        assert max(budgets) <= HIGHEST + 1e-9
+    assert len(set(budgets)) > 1
+
+
+def test_the_oracle_is_greedy_by_the_exact_error() -> None:
+    torch.manual_seed(1)
+    weight, x = torch.randn(6, 10), torch.randn(4, 10)
+    mask = oracle_mask(x, weight, 4, rounds=6)
+    for row, kept in zip(x, mask, strict=True):
+        dropped: set[int] = set()
+        for _ in range(6):
+            errors = {
+                j: float((weight[:, [*dropped, j]] @ row[[*dropped, j]]).square().sum())
+                for j in set(range(10)) - dropped
+            }
+            dropped.add(min(errors, key=errors.__getitem__))
+        assert set((~kept).nonzero()[:, 0].tolist()) == dropped
+
+
+def test_the_oracle_beats_norms_unless_columns_are_orthogonal() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(16, 32), torch.randn(64, 32)
+
+    def error(mask: Tensor, weight: Tensor) -> float:
+        return float((torch.where(mask, 0, x) @ weight.T).square().sum())
+
+    assert error(oracle_mask(x, weight, 16), weight) < 0.7 * error(
+        topk_mask(x, weight.norm(dim=0), 16), weight
+    )
+    orthogonal = torch.linalg.qr(torch.randn(32, 32)).Q * torch.rand(32)
+    mask = topk_mask(x, orthogonal.norm(dim=0), 16)
+    assert error(oracle_mask(x, orthogonal, 16), orthogonal) == pytest.approx(
+        error(mask, orthogonal), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_random_masks(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4_000, 16).to(dtype)
+    mask = random_mask(x, 4)
+    assert (mask.sum(-1) == 4).all()
+    assert mask.equal(random_mask(x, 4))
+    assert mask.float().mean(0).sub(0.25).abs().max() < 0.05
+    # Large inputs have no better chance.
+    size = x.abs().float()
+    assert float(size[mask].mean() / size.mean()) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["random", "oracle"])
+def test_research_selections_are_for_scoring_alone(setting: Setting, name: str) -> None:
+    plan = methods.get(name).plan(setting, 0.5)
+    with pytest.raises(UsageError, match="costs more than it saves"):
+        wina.sparsify(setting.model, plan, check=False)
+
+
+def keep_first(setting: Setting, sparsity: float) -> Plan:
+    """The toy method of another package: always the same channels."""
+    from wina.criteria import Criterion
+    from wina.methods.recipe import assemble
+
+    statistics = setting.calibration.linears(include_head=False)
+    first = Criterion("first", lambda facts: torch.linspace(1, 0.5, len(facts.column_norm)))
+    shares = torch.full((len(statistics),), sparsity, dtype=torch.float64)
+    return assemble(setting, statistics, first, shares, "topk", "uniform", sparsity)
+
+
+KEEP_FIRST = Method("keep-first", "a toy", "", keep_first)
+
+
+@pytest.fixture
+def outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that brings ``keep-first`` through its entry point."""
+    point = EntryPoint("keep-first", f"{__name__}:KEEP_FIRST", "wina.methods")
+
+    def found(group: str) -> list[EntryPoint]:
+        return [point] * (group == "wina.methods")
+
+    monkeypatch.setattr(registry, "entry_points", found)
+    monkeypatch.setattr(methods, "_entries", dict(methods._entries))
+    monkeypatch.setattr(methods, "_plugins_loaded", False)
+
+
+@pytest.mark.usefixtures("outside")
+def test_a_method_of_another_package(setting: Setting) -> None:
+    assert "keep-first" in list(methods)
+    plan = methods.get("keep-first").plan(setting, 0.5)
+    assert plan.document.method == "keep-first"
+    with scoring(setting.model, plan, 0), SparsityCounter(setting.model) as counter:
+        forward(setting.model)
+    assert counter.sparsity == 0.5
+
+
+def test_presets_on_the_command_line(
+    cli: Cli, calibration: tuple[object, wina.Calibration], qwen3: object, tmp_path: object
+) -> None:
+    folder = calibration[0]
+    missing = cli("plan", folder, "--preset", "wina-paper", "-o", f"{tmp_path}/plan")
+    assert missing.code == 2
+    assert "--preset needs the model itself" in missing.said
+    mixed = cli("plan", folder, "--preset", "wina-paper", "--method", "teal", "--model", qwen3)
+    assert mixed.code == 2
+    assert "whole method" in mixed.said
+    done = cli(
+        "plan", folder, "--preset", "larosa", "--model", qwen3, "-o", f"{tmp_path}/plan", "--json"
+    )
+    assert done.code == 0
+    assert Plan.load(f"{tmp_path}/plan").document.method == "larosa"
+    refused = cli("cost", qwen3, "--preset", "cats")
+    assert refused.code == 2
+    assert "a gate on the outputs" in refused.said
