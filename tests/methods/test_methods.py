@@ -26,7 +26,7 @@ from wina.methods import Method, Setting, methods, recipe
 from wina.methods.probe import dropped_by_topk
 from wina.methods.rsparse import factors, split
 from wina.methods.wisparse import ALPHAS, HIGHEST, LOWEST, best_alpha, mutate
-from wina.plan import Plan
+from wina.plan import Extras, Plan
 from wina.selection import oracle_mask, random_mask, topk_mask
 
 GATE, UP, DOWN = (f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down"))
@@ -195,21 +195,24 @@ def test_rsparse_shares_one_budget(setting: Setting) -> None:
 
 
 def test_a_low_rank_term_by_hand(setting: Setting) -> None:
-    plan = methods.get("r-sparse").plan(setting, 0.5)
-    extras = plan.document.extras
-    if extras is None:
-        pytest.skip("no linear of this model gains by a low-rank term")
-    name, rank = next(iter(extras.low_ranks.items()))
-    into, out = plan.parts[f"{name}.low_rank_in"], plan.parts[f"{name}.low_rank_out"]
-    assert len(into) == rank
+    plan = methods.get("wina").plan(setting, 0.5)
+    name = UP
     layer = setting.model.get_submodule(name)
+    out, into = torch.randn(48, 3), torch.randn(3, 32)
+    extras = Extras(low_ranks={name: 3})
+    document = plan.document.model_copy(update={"schema_version": 2, "extras": extras})
+    parts = {f"{name}.low_rank_in": into, f"{name}.low_rank_out": out}
+    plan = replace(plan, document=document, parts=parts)
     x = torch.randn(2, 5, matrix(layer).shape[1])
     keep = plan.document.linears[name].keep
     assert keep is not None
     kept = torch.where(topk_mask(x, plan.vectors[name], keep), x, 0)
     wanted = layer(kept) + (x - kept) @ into.T @ out.T
-    with scoring(setting.model, plan, 0):
+    dense = layer(x)
+    with scoring(setting.model, plan, 0) as phase:
         assert torch.allclose(layer(x), wanted, atol=1e-5)
+        with phase.force("dense"):
+            assert layer(x).equal(dense)
 
 
 def test_wisparse_alpha_is_the_best_of_the_grid() -> None:

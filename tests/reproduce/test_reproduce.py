@@ -13,6 +13,7 @@ from tests.helpers import Cli
 from wina.calibration import Calibration
 from wina.methods import Method, methods
 from wina.reproduce import Cell
+from wina.reproduce import grid as grid_module
 from wina.reproduce.report import paired
 
 OPTIONS = ("--tokens", 500, "--calibration-tokens", 512, "--context", 128, "--dense-prefix", 4)
@@ -45,6 +46,7 @@ def test_a_grid_is_filled_and_goes_on(
     teal = methods.get("teal")
     broken = Method(teal.name, teal.paper, teal.departures, fail)  # type: ignore[arg-type]
     monkeypatch.setitem(methods._entries, "teal", broken)
+    monkeypatch.setattr(grid_module, "calibrate", fail)
     more = run("teal,cats,larosa", "0.3,0.6", plots="--plots")
     assert more.code == 0, more.err  # type: ignore[attr-defined]
     after = files(grid)

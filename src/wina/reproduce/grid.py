@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from wina.allocation.build import versions
-from wina.calibration import CalibrationSettings, FileText, SelfText, calibrate
+from wina.calibration import Calibration, CalibrationSettings, FileText, SelfText, calibrate
 from wina.calibration.text import check_text
 from wina.errors import UsageError
 from wina.evaluation import text_windows
@@ -27,7 +27,7 @@ from wina.files import read_json, write_text
 from wina.layers import SparsityCounter, scoring
 from wina.measures import Totals, compare
 from wina.methods import Method, Setting, methods
-from wina.models import LoadedModel, load_model
+from wina.models import LoadedModel, identify, load_model
 from wina.plan import Plan
 from wina.progress import bar, note
 from wina.selection import check_sparsity
@@ -236,7 +236,14 @@ def perplexity(nll: Sequence[float], positions: Sequence[int]) -> float:
     return Totals(sum(positions), sum(nll)).perplexity
 
 
-def _calibration(output: Path, source: str, loaded: LoadedModel, settings: GridSettings) -> Any:
+def _calibration(
+    output: Path, source: str, loaded: LoadedModel, settings: GridSettings
+) -> Calibration:
+    path = output / "calibrations" / short_name(source)
+    if path.is_dir():
+        found = Calibration.load(path)
+        found.document.model.check(identify(loaded.model, loaded.name))
+        return found
     text = FileText(settings.calibration_text) if settings.calibration_text else None
     return calibrate(
         loaded.model,
@@ -251,7 +258,7 @@ def _calibration(output: Path, source: str, loaded: LoadedModel, settings: GridS
         ),
         name=loaded.name,
         revision=loaded.revision,
-        output=output / "calibrations" / short_name(source),
+        output=path,
     )
 
 
