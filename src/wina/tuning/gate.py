@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from wina.layers.linear import align
+from wina.progress import note
 
 TINY = 1e-30
 
@@ -94,4 +95,19 @@ def _backward(
 @cache
 def _fused(function: Callable[..., Any], cuda: bool) -> Callable[..., Any]:
     """Return the function, on CUDA compiled: a dozen passes over x become one or two."""
-    return torch.compile(function, dynamic=False) if cuda else function
+    if not cuda:
+        return function
+    chosen = torch.compile(function, dynamic=False)
+
+    def call(*arguments: Any) -> Any:
+        nonlocal chosen
+        try:
+            return chosen(*arguments)
+        except Exception as error:  # compilers fail in many ways, one of them being absent
+            if chosen is function:
+                raise
+            note(f"tuning goes on uncompiled, slower: {error}")
+            chosen = function
+            return chosen(*arguments)
+
+    return call

@@ -20,6 +20,7 @@ from wina.layers import opened
 from wina.layers.experts import ExpertLinear
 from wina.layers.linear import align
 from wina.models import Site
+from wina.progress import note
 from wina.tuning.divergence import divergence
 from wina.tuning.gate import GateState, StraightThrough
 
@@ -196,8 +197,12 @@ def _recorded(function: Callable[[], None], device: torch.device) -> Callable[[]
             function()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
+    try:
+        with torch.cuda.graph(graph):
+            function()
+    except RuntimeError as error:  # a model that waits for the device, or chooses by its values
+        note(f"tuning goes on without a CUDA graph, slower: {str(error).splitlines()[0]}")
+        return function
     return graph.replay
 
 
