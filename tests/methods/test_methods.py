@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from wina.criteria import criteria
 from wina.errors import UsageError
 from wina.layers import SparsityCounter, scoring
 from wina.layers.linear import matrix
-from wina.methods import Method, Setting, methods, recipe
+from wina.methods import Setting, methods, recipe
 from wina.methods.probe import dropped_by_topk
 from wina.methods.rsparse import factors, split
 from wina.methods.wisparse import ALPHAS, HIGHEST, LOWEST, best_alpha, mutate
@@ -293,24 +295,14 @@ def test_research_selections_are_for_scoring_alone(setting: Setting, name: str) 
         wina.sparsify(setting.model, plan, check=False)
 
 
-def keep_first(setting: Setting, sparsity: float) -> Plan:
-    """The toy method of another package: always the same channels."""
-    from wina.criteria import Criterion
-    from wina.methods.recipe import assemble
-
-    statistics = setting.calibration.linears(include_head=False)
-    first = Criterion("first", lambda facts: torch.linspace(1, 0.5, len(facts.column_norm)))
-    shares = torch.full((len(statistics),), sparsity, dtype=torch.float64)
-    return assemble(setting, statistics, first, shares, "topk", "uniform", sparsity)
-
-
-KEEP_FIRST = Method("keep-first", "a toy", "", keep_first)
-
-
 @pytest.fixture
-def outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package that brings ``keep-first`` through its entry point."""
-    point = EntryPoint("keep-first", f"{__name__}:KEEP_FIRST", "wina.methods")
+def outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A package of one file, written as docs/methods.md says, with its entry point."""
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    (tmp_path / "my_package.py").write_text(next(x for x in blocks if "KEEP_FIRST" in x))
+    monkeypatch.syspath_prepend(tmp_path)
+    point = EntryPoint("keep-first", "my_package:KEEP_FIRST", "wina.methods")
 
     def found(group: str) -> list[EntryPoint]:
         return [point] * (group == "wina.methods")
@@ -325,13 +317,17 @@ def test_a_method_of_another_package(setting: Setting) -> None:
     assert "keep-first" in list(methods)
     plan = methods.get("keep-first").plan(setting, 0.5)
     assert plan.document.method == "keep-first"
+    layer = setting.model.get_submodule(UP)
+    x = torch.rand(5, 32) + 0.5
+    wanted = layer(torch.where(torch.arange(32) < 16, x, 0))
     with scoring(setting.model, plan, 0), SparsityCounter(setting.model) as counter:
         forward(setting.model)
-    assert counter.sparsity == 0.5
+        assert counter.sparsity == 0.5
+        assert torch.allclose(layer(x), wanted, atol=1e-5)
 
 
 def test_presets_on_the_command_line(
-    cli: Cli, calibration: tuple[object, wina.Calibration], qwen3: object, tmp_path: object
+    cli: Cli, calibration: tuple[Path, wina.Calibration], qwen3: Path, tmp_path: Path
 ) -> None:
     folder = calibration[0]
     missing = cli("plan", folder, "--preset", "wina-paper", "-o", f"{tmp_path}/plan")
