@@ -344,3 +344,16 @@ def test_presets_on_the_command_line(
     refused = cli("cost", qwen3, "--preset", "cats")
     assert refused.code == 2
     assert "a gate on the outputs" in refused.said
+
+
+@pytest.mark.parametrize("name", ["wina-paper", "cats"])
+def test_extras_compile_in_one_graph(setting: Setting, name: str) -> None:
+    plan = methods.get(name).plan(setting, 0.3)
+    with scoring(setting.model, plan, 0):
+        wanted = forward(setting.model)
+        torch._dynamo.reset()
+        compiled = torch.compile(setting.model, backend="eager", fullgraph=True)
+        with torch.no_grad():
+            found = compiled(prompt(24), use_cache=False).logits
+    assert torch.allclose(found, wanted, atol=1e-4)
+    torch._dynamo.reset()
