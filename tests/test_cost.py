@@ -64,17 +64,19 @@ SPARSITIES = (0.0, 0.25, 0.4, 0.5, 0.65)
 )
 def test_table_5_of_the_paper(config: PreTrainedConfig, billions: tuple[float, ...]) -> None:
     for sparsity, wanted in zip(SPARSITIES, billions, strict=True):
-        found = token_cost(config, sparsity, rotated=True).paper.multiply_adds / 1e9
+        found = token_cost(config, sparsity, basis="svd").paper.multiply_adds / 1e9
         assert found == pytest.approx(wanted, abs=0.02), sparsity
 
 
 def test_the_rotations_are_paid_for() -> None:
-    found = token_cost(LLAMA3_8B, 0.5, rotated=True)
+    found = token_cost(LLAMA3_8B, 0.5, basis="svd")
     assert found.saved(found.paper) == pytest.approx(0.465, abs=0.0005)
     assert found.saved(found.true) == pytest.approx(0.322, abs=0.0005)
     assert found.rotation.multiply_adds == 2 * 32 * 4096**2
     # k_proj keeps 2,048 channels and has rank 1,024.
     assert found.free.multiply_adds == 32 * 1024 * 1024
+    pca = token_cost(LLAMA3_8B, 0.5, basis="pca")
+    assert (pca.rotation, pca.free.bytes) == (found.rotation, 0)
     plain = token_cost(LLAMA3_8B, 0.5)
     assert plain.rotation.bytes == plain.free.bytes == 0
     assert plain.saved(plain.true) == pytest.approx(0.465, abs=0.0005)

@@ -103,14 +103,15 @@ class TokenCost:
 
 
 def token_cost(
-    config: Any, sparsity: float, *, rotated: bool = False, bytes_per_weight: float = 2.0
+    config: Any, sparsity: float, *, basis: str | None = None, bytes_per_weight: float = 2.0
 ) -> TokenCost:
     """Return what a decoded token costs a model, from its config; no weight is loaded.
 
     Args:
         config: of a Transformers model.
         sparsity: share of the blocks' weights not touched, in [0, 1).
-        rotated: the linears that k or gate share an input with run in an input basis.
+        basis: the input basis that the linears which share an input with k or gate run in; with
+            svd the leaders have zero columns.
         bytes_per_weight: 2 for 16-bit weights.
 
     Raises:
@@ -124,7 +125,7 @@ def token_cost(
         return Part(count, count * bytes_per_weight)
 
     leaders = [
-        site for site in sites if rotated and site.kind in KINDS_WITH_NORMS and site.expert is None
+        site for site in sites if basis and site.kind in KINDS_WITH_NORMS and site.expert is None
     ]
     usage = _usage(sites, config)
     channels = sum(site.in_features * usage(site) for site in sites)
@@ -134,7 +135,7 @@ def token_cost(
         sparsity=sparsity,
         gating=Part(channels, channels * THRESHOLD_BYTES) if sparsity else Part(),
         rotation=weights(sum(site.in_features**2 for site in leaders)),
-        free=weights(sum(_free(site, sparsity) for site in leaders)),
+        free=weights(sum(_free(site, sparsity) for site in leaders if basis == "svd")),
     )
 
 

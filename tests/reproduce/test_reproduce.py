@@ -80,6 +80,11 @@ def test_a_grid_is_filled_and_goes_on(
 
     # The same calibration served all of it, and another grid is not mixed into this one.
     assert len(list((grid / "calibrations").iterdir())) == 1
+    text_before = text.read_text()
+    copy = tmp_path / text.name
+    copy.write_text(text_before + " more")
+    changed = run("larosa", "0.3", "--text", copy)
+    assert "grid of other settings" in changed.said  # type: ignore[attr-defined]
     other = run("larosa", "0.3", "--seed", 1)
     assert other.code == 2  # type: ignore[attr-defined]
     assert "grid of other settings" in other.said  # type: ignore[attr-defined]
@@ -135,6 +140,7 @@ def test_paired_differences_by_hand() -> None:
         (("--sparsities", "0.5,1.5"), "sparsity must lie in"),
         (("--sparsities", "0"), "above 0"),
         (("--reference", "nothing"), "unknown method"),
+        (("--models", "a/x,b/x"), "one name in files"),
         (("--calibration-text", "missing.txt"), "there is no text file"),
     ],
 )

@@ -44,9 +44,7 @@ def cost(
     if dtype not in BYTES:
         raise UsageError(f"unsupported dtype {dtype!r}; known: {', '.join(BYTES)}")
     config = load_config(model, revision)
-    found = token_cost(
-        config, sparsity, rotated=method.basis is not None, bytes_per_weight=BYTES[dtype]
-    )
+    found = token_cost(config, sparsity, basis=method.basis, bytes_per_weight=BYTES[dtype])
     if as_json:
         options.print_json({"preset": preset, "dtype": dtype, **found.record()})
     else:
@@ -64,6 +62,7 @@ def _show(found: TokenCost, preset: str, dtype: str) -> None:
     row("gates", found.gating)
     if found.rotation.bytes:
         row("rotations", found.rotation)
+    if found.free.bytes:
         row("(zero columns, free with top-k)", found.free)
     table.add_section()
     row("dense", found.dense)

@@ -63,10 +63,10 @@ class GridSettings:
     dtype: str = "float32"
 
     def record(self) -> str:
-        """Return the settings as text, to tell one grid from another; files go by their names."""
+        """Return the settings as text, to tell one grid from another; files go by their hashes."""
         fields = asdict(self)
         for name in ("text", "calibration_text"):
-            fields[name] = [path.name for path in fields[name]]
+            fields[name] = FileText(fields[name]).describe()
         return "\n".join(f"{name} = {value}" for name, value in fields.items()) + "\n"
 
 
@@ -135,6 +135,9 @@ def reproduce(
             raise UsageError("the dense model is scored anyway; sparsities must be above 0")
     for path in (*settings.text, *settings.calibration_text):
         check_text(path)
+    models, chosen = list(dict.fromkeys(models)), list(dict.fromkeys(chosen))
+    if len({short_name(model) for model in models}) < len(models):
+        raise UsageError(f"two of the models have one name in files: {', '.join(models)}")
     _check_folder(output, settings)
     order = sorted(set(sparsities), reverse=True)  # a search to the highest serves the others
     wanted = [(model, method, s) for model in models for method in chosen for s in order]
@@ -145,6 +148,9 @@ def reproduce(
             if mine:
                 _fill(output, model, mine, order, settings, device, advance)
     cells = [read_json(_path(output, *x), Cell) for x in wanted]
+    for cell, (model, _, _) in zip(cells, wanted, strict=True):
+        if cell.model != model:
+            raise UsageError(f"{output} holds another model of the name {short_name(model)!r}")
     return sorted(cells, key=lambda x: (models.index(x.model), names.index(x.method), x.target))
 
 
