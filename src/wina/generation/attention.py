@@ -17,38 +17,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from wina import kernels
+from wina.kernels import reference
+
 NAME = "wina_decode"
 # What other models' attention adds; they keep Transformers' own.
 UNKNOWN = ("softcap", "s_aux", "position_bias", "output_attentions", "cache")
-CHUNK = 512  # positions of the cache in one batch of a matrix product
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Return softmax(scale q k^T, where mask) v for one position.
-
-    Args:
-        query: shape (batch, heads, 1, size).
-        key: shape (batch, key heads, positions, size); heads is a multiple of key heads.
-        value: shape (batch, key heads, positions, value size).
-        mask: True where the query sees, shape (batch or 1, 1, 1, positions).
-        scale: of the scores.
-
-    Returns:
-        Shape (batch, heads, 1, value size), the query's dtype.
-    """
-    batch, heads, _, size = query.shape
-    shared, positions = key.shape[1], key.shape[2]
-    grouped = query.view(batch, shared, heads // shared, size)
-    scores = torch.matmul(grouped, key.transpose(2, 3)).float() * scale
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(value.dtype)
-    if query.device.type == "cpu" or positions % CHUNK or positions == CHUNK:
-        found = torch.matmul(weights, value)
-    else:  # more blocks for a GPU than there are heads
-        parts = positions // CHUNK
-        split = weights.view(batch, shared, heads // shared, parts, CHUNK).transpose(2, 3)
-        found = torch.matmul(split, value.view(batch, shared, parts, CHUNK, -1))
-        found = found.float().sum(2).to(value.dtype)
-    return found.reshape(batch, heads, 1, -1)
 
 
 def decode_attention(
@@ -61,7 +35,7 @@ def decode_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute ``attend`` for one position, and anything else as ``sdpa`` does."""
+    """Compute the kernel for one position, and anything else as ``sdpa`` does."""
     simple = query.shape[2] == 1 and attention_mask is not None and dropout == 0.0
     if simple and attention_mask is not None:
         simple = attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1
@@ -73,7 +47,11 @@ def decode_attention(
         return found
     assert attention_mask is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(query, key, value, attention_mask, scale).transpose(1, 2), None
+    # Elsewhere than on the CPU there is no kernel: the compiler fuses what the formula says.
+    kernel = kernels.decode_attention
+    if query.device.type != "cpu" or query.dtype == torch.float64:
+        kernel = reference.decode_attention
+    return kernel(query, key, value, attention_mask, scale).transpose(1, 2), None
 
 
 def decode_mask(*args: Any, **options: Any) -> Tensor | None:

@@ -1,11 +1,19 @@
 """Kernels: y = W (mask o x) + b, computed by whichever backend is fastest where it runs."""
 
 from wina.kernels.backends import active_backend, available_backends, use_backend
-from wina.kernels.ops import sparse_gated_mlp, sparse_linear, sparse_linears
+from wina.kernels.ops import (
+    decode_attention,
+    dense_linear,
+    sparse_gated_mlp,
+    sparse_linear,
+    sparse_linears,
+)
 
 __all__ = [
     "active_backend",
     "available_backends",
+    "decode_attention",
+    "dense_linear",
     "sparse_gated_mlp",
     "sparse_linear",
     "sparse_linears",

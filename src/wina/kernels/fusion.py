@@ -2,7 +2,8 @@
 
 It works on the graph that torch.compile traced, so a model's structure is read off what it
 computes, and no module or family is named: operators that share an input become one
-``sparse_linears``, and down(act(gate(x)) * up(x)) becomes ``sparse_gated_mlp``. The fused
+``sparse_linears``, and down(act(gate(x)) * up(x)) becomes ``sparse_gated_mlp``. On the CPU dense
+linears of a few rows (the head) become ``dense_linear``. The fused
 operators compute the same sums in the same order; only the activation is the kernel's own, equal
 to torch's to the last bits of a float32.
 """
@@ -17,8 +18,13 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
+from wina.kernels.backends import available_backends
+
 LINEAR = torch.ops.wina.sparse_linear
 ADD = {operator.add, torch.add}
+DENSE = {functional.linear, torch._C._nn.linear}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FEW = 4  # rows
 MULTIPLY = {operator.mul, torch.mul, "mul"}
 
 
@@ -27,6 +33,9 @@ def fuse(module: GraphModule) -> GraphModule:
     for node in list(module.graph.nodes):
         if _is_sparse(node):
             _fuse_mlp(node)
+    for node in list(module.graph.nodes):
+        if node.target in DENSE:
+            _use_rows_kernel(node)
     order = {node: place for place, node in enumerate(module.graph.nodes)}
     groups: dict[Any, list[Any]] = {}
     for node in order:
@@ -48,6 +57,22 @@ def _is_node(node: Any) -> bool:
 
 def _is_sparse(node: Any) -> bool:
     return _is_node(node) and node.target in (LINEAR, LINEAR.default)
+
+
+def _use_rows_kernel(node: Any) -> None:
+    """Compute a dense linear of a few rows on the CPU by wina's kernel, at memory's speed."""
+    x = node.args[0].meta.get("example_value") if _is_node(node.args[0]) else None
+    if x is None or node.kwargs or x.device.type != "cpu" or x.dtype not in DTYPES:
+        return
+    if "cpu" not in available_backends() or x.numel() > FEW * x.shape[-1]:
+        return
+    x, weight, *bias = node.args
+    with node.graph.inserting_before(node):
+        packed = [] if not bias or bias[0] is None else [bias[0]]
+        arguments = (x, weight, packed)
+        call = node.graph.call_function(torch.ops.wina.dense_linear, arguments)
+        node.replace_all_uses_with(call)
+    _erase(node)
 
 
 def _fuse_group(group: list[Any], order: dict[Any, int]) -> None:

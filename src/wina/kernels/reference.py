@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+CHUNK = 512  # positions of attention in one batch of a matrix product
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -70,3 +71,33 @@ def sparse_gated_mlp(
     hidden = ACTIVATIONS[activation](sparse_linear(x, gate, gate_thresholds, gate_bias))
     hidden = hidden * sparse_linear(x, up, up_thresholds, up_bias)
     return sparse_linear(hidden, down, down_thresholds, down_bias)
+
+
+def decode_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
+) -> Tensor:
+    """Return softmax(scale q k^T, where mask) v for one position.
+
+    Args:
+        query: shape (batch, heads, 1, size).
+        key: shape (batch, key heads, positions, size); heads is a multiple of key heads.
+        value: shape (batch, key heads, positions, value size).
+        mask: True where the query sees, shape (batch or 1, 1, 1, positions).
+        scale: of the scores.
+
+    Returns:
+        Shape (batch, heads, 1, value size), the query's dtype.
+    """
+    batch, heads, _, size = query.shape
+    shared, positions = key.shape[1], key.shape[2]
+    grouped = query.view(batch, shared, heads // shared, size)
+    scores = torch.matmul(grouped, key.transpose(2, 3)).float() * scale
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(value.dtype)
+    if query.device.type == "cpu" or positions % CHUNK or positions == CHUNK:
+        found = torch.matmul(weights, value)
+    else:  # more blocks for a GPU than there are heads
+        parts = positions // CHUNK
+        split = weights.view(batch, shared, heads // shared, parts, CHUNK).transpose(2, 3)
+        found = torch.matmul(split, value.view(batch, shared, parts, CHUNK, -1))
+        found = found.float().sum(2).to(value.dtype)
+    return found.reshape(batch, heads, 1, -1)

@@ -11,6 +11,8 @@ WINA_INLINE void narrow_half(Half* to, Floats value) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
 }
 
+WINA_INLINE float total(Floats value) { return _mm512_reduce_add_ps((__m512)value); }
+
 // The compressing store is microcoded on some processors: compress in a register and store it
 // whole. The lists have room for that.
 WINA_INLINE int64_t compact_lanes(const float* wide, int real, int64_t in,

@@ -36,6 +36,9 @@ struct Projection {
   int64_t in, out, row;
 };
 
+// Floats of a row that is laid out for `dots`.
+inline int64_t padded(int64_t in) { return (in + 31) / 32 * 32; }
+
 struct Kernels {
   const char* name;
   // Widen n values.
@@ -51,6 +54,16 @@ struct Kernels {
   void (*activate)(Dtype, Activation, void* gate, const void* up, int64_t n);
   // out = x with the channels below their thresholds set to 0.
   void (*drop)(Dtype, const void* x, const float* thresholds, void* out, int64_t n);
+  // Lay out x (tokens, in) for `dots`: rows of padded(in) floats, in the order of the dtype's pairs.
+  void (*arrange)(Dtype, const float* wide, int tokens, int64_t in, float* arranged);
+  // sums[t * stride + i] = sum over j of arranged[t, j] * weight[index[i] * row + j], i in
+  // [begin, end); without an index, index[i] is i. tokens is 1, 2, 4 or 8.
+  void (*dots)(Dtype, const void* weight, int64_t row, const int32_t* index, const float* arranged,
+               int tokens, int64_t in, int64_t begin, int64_t end, float* sums, int64_t stride);
+  // y[i] = sums[i] + bias[i] in the dtype, n values.
+  void (*finish)(Dtype, const float* sums, const void* bias, void* y, int64_t n);
+  // values = softmax(values), n of them.
+  void (*softmax)(float* values, int64_t n);
   // Read n bytes and do nothing with them: the bandwidth probe.
   uint32_t (*stream)(const void* data, int64_t n);
 };

@@ -18,6 +18,13 @@ WINA_INLINE void narrow_half(Half* to, Floats value) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), half);
 }
 
+WINA_INLINE float total(Floats value) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)value),
+                           _mm256_extractf128_ps((__m256)value, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
 WINA_INLINE int64_t compact_lanes(const float*, int, int64_t, const float*, Live*, int64_t*) {
   return 0;
 }

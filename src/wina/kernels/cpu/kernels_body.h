@@ -320,6 +320,173 @@ WINA_TARGET static void compact(const float* wide, int real, int64_t in, const f
     std::memset(live->values + t * live->stride, 0, count * sizeof(float));
 }
 
+// --- dot products with whole rows ---
+
+// bfloat16 pairs are even and odd columns; others the first and the second half of a block.
+WINA_TARGET static void arrange(Dtype dtype, const float* wide, int tokens, int64_t in,
+                                float* arranged) {
+  const int64_t stride = padded(in);
+  std::memset(arranged, 0, tokens * stride * sizeof(float));
+  for (int t = 0; t < tokens; ++t) {
+    const float* from = wide + t * in;
+    float* to = arranged + t * stride;
+    if (dtype != Dtype::bf16) {
+      std::memcpy(to, from, in * sizeof(float));
+      continue;
+    }
+    for (int64_t j = 0; j < in; ++j)
+      to[j / block * block + (j % 2) * lanes + j % block / 2] = from[j];
+  }
+}
+
+// Every loop over rows and tokens is unrolled, or the sums would not stay in registers.
+template <class S, int tokens, int rows>
+WINA_INLINE void dot_rows(const S* const* row, const float* x, int64_t x_stride, int64_t in,
+                          float* sums, int64_t stride) {
+  Floats a[rows][tokens];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+    for (int t = 0; t < tokens; ++t) a[r][t] = Floats{};
+  for (int64_t c = 0; c < in; c += block) {
+    const bool whole = c + block <= in;
+    Pair w[rows];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      w[r] = whole ? load(row[r] + c) : load_part(row[r] + c, in - c);
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < tokens; ++t) {
+      Floats even = read<Floats>(x + t * x_stride + c);
+      Floats odd = read<Floats>(x + t * x_stride + c + lanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) {
+        a[r][t] += w[r].a * even;
+        a[r][t] += w[r].b * odd;
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+    for (int t = 0; t < tokens; ++t) sums[t * stride + r] = total(a[r][t]);
+}
+
+// One token: a single stream through the weights, which the hardware's prefetcher follows best.
+template <class S>
+WINA_INLINE float dot_row(const S* row, const float* x, int64_t in) {
+  Floats a{}, b{}, d{}, e{};
+  int64_t c = 0;
+  for (; c + 2 * block <= in; c += 2 * block) {
+    __builtin_prefetch(row + c + 4096 / sizeof(S), 0, 2);
+    __builtin_prefetch(row + c + 4096 / sizeof(S) + block, 0, 2);
+    Pair w = load(row + c), v = load(row + c + block);
+    a += w.a * read<Floats>(x + c);
+    b += w.b * read<Floats>(x + c + lanes);
+    d += v.a * read<Floats>(x + c + block);
+    e += v.b * read<Floats>(x + c + block + lanes);
+  }
+  for (; c < in; c += block) {
+    Pair w = c + block <= in ? load(row + c) : load_part(row + c, in - c);
+    a += w.a * read<Floats>(x + c);
+    b += w.b * read<Floats>(x + c + lanes);
+  }
+  return total((a + b) + (d + e));
+}
+
+template <class S, int tokens>
+WINA_TARGET static void dot_tokens(const void* weight, int64_t row, const int32_t* index,
+                                   const float* x, int64_t in, int64_t begin, int64_t end,
+                                   float* sums, int64_t stride) {
+  if (tokens == 1 && in >= 256) {
+    const S* all = static_cast<const S*>(weight);
+    for (int64_t i = begin; i < end; ++i)
+      sums[i] = dot_row<S>(all + (index ? index[i] : i) * row, x, in);
+    return;
+  }
+  constexpr int rows = tokens <= 2 ? 4 : tokens == 4 ? 4 : 2;
+  const S* from = static_cast<const S*>(weight);
+  const S* at[rows];
+  int64_t i = begin;
+  for (; i + rows <= end; i += rows) {
+    for (int r = 0; r < rows; ++r) at[r] = from + (index ? index[i + r] : i + r) * row;
+    dot_rows<S, tokens, rows>(at, x, padded(in), in, sums + i, stride);
+  }
+  for (; i < end; ++i) {
+    at[0] = from + (index ? index[i] : i) * row;
+    dot_rows<S, tokens, 1>(at, x, padded(in), in, sums + i, stride);
+  }
+}
+
+template <class S>
+WINA_TARGET static void dots_of(const void* weight, int64_t row, const int32_t* index,
+                                const float* x, int tokens, int64_t in, int64_t begin,
+                                int64_t end, float* sums, int64_t stride) {
+  switch (tokens) {
+    case 1: return dot_tokens<S, 1>(weight, row, index, x, in, begin, end, sums, stride);
+    case 2: return dot_tokens<S, 2>(weight, row, index, x, in, begin, end, sums, stride);
+    case 4: return dot_tokens<S, 4>(weight, row, index, x, in, begin, end, sums, stride);
+    default: return dot_tokens<S, 8>(weight, row, index, x, in, begin, end, sums, stride);
+  }
+}
+
+WINA_TARGET static void dots(Dtype dtype, const void* weight, int64_t row, const int32_t* index,
+                             const float* arranged, int tokens, int64_t in, int64_t begin,
+                             int64_t end, float* sums, int64_t stride) {
+  WINA_DISPATCH(dtype, dots_of, weight, row, index, arranged, tokens, in, begin, end, sums, stride);
+}
+
+WINA_INLINE Pair in_order(const float* sums, const float*) {
+  return {read<Floats>(sums), read<Floats>(sums + lanes)};
+}
+WINA_INLINE Pair in_order(const float* sums, const Half*) {
+  return {read<Floats>(sums), read<Floats>(sums + lanes)};
+}
+WINA_INLINE Pair in_order(const float* sums, const Brain*) {
+  Pair pair;
+  for (int i = 0; i < lanes; ++i) pair.a[i] = sums[2 * i], pair.b[i] = sums[2 * i + 1];
+  return pair;
+}
+
+template <class S>
+WINA_TARGET static void finish_all(const float* sums, const void* bias, void* y, int64_t n) {
+  const S* b = static_cast<const S*>(bias);
+  S* to = static_cast<S*>(y);
+  for (int64_t i = 0; i < n; i += block) {
+    int64_t part = n - i < block ? n - i : int64_t(block);
+    float whole[block] = {};
+    std::memcpy(whole, sums + i, part * sizeof(float));
+    Pair value = add_bias(in_order(whole, to), b ? b + i : nullptr, part);
+    if (part == block) store(to + i, value);
+    else store_part(to + i, value, part);
+  }
+}
+
+WINA_TARGET static void finish(Dtype dtype, const float* sums, const void* bias, void* y,
+                               int64_t n) {
+  WINA_DISPATCH(dtype, finish_all, sums, bias, y, n);
+}
+
+WINA_TARGET static void softmax(float* values, int64_t n) {
+  float most = -INFINITY, sum = 0;
+  bool nan = false;
+  for (int64_t i = 0; i < n; ++i) {
+    most = values[i] > most ? values[i] : most;
+    nan |= values[i] != values[i];
+  }
+  if (nan) most = NAN;
+  for (int64_t i = 0; i < n; i += lanes) {
+    float part[lanes];
+    int64_t count = n - i < lanes ? n - i : int64_t(lanes);
+    for (int k = 0; k < lanes; ++k) part[k] = k < count ? values[i + k] - most : -INFINITY;
+    Floats power = exponential(read<Floats>(part));
+    write(part, power);
+    std::memcpy(values + i, part, count * sizeof(float));
+    sum += total(power);
+  }
+  for (int64_t i = 0; i < n; ++i) values[i] /= sum;
+}
+
 WINA_TARGET static uint32_t stream(const void* data, int64_t n) {
   const char* from = static_cast<const char*>(data);
   constexpr int64_t step = 4 * sizeof(Words);
@@ -344,6 +511,7 @@ namespace wina {
 #define WINA_TEXT(name) WINA_TEXT_(name)
 extern const Kernels WINA_ISA{WINA_TEXT(WINA_ISA),  WINA_SPACE::widen,    WINA_SPACE::compact,
                               WINA_SPACE::project, WINA_SPACE::activate, WINA_SPACE::drop,
-                              WINA_SPACE::stream};
+                              WINA_SPACE::arrange, WINA_SPACE::dots,     WINA_SPACE::finish,
+                              WINA_SPACE::softmax, WINA_SPACE::stream};
 
 }  // namespace wina

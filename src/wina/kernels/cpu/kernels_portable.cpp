@@ -37,6 +37,8 @@ WINA_INLINE void narrow_half(Half* to, Floats value) {
   for (int i = 0; i < lanes; ++i) to[i].bits = narrow_one(value[i]);
 }
 
+WINA_INLINE float total(Floats value) { return (value[0] + value[1]) + (value[2] + value[3]); }
+
 WINA_INLINE int64_t compact_lanes(const float*, int, int64_t, const float*, Live*, int64_t*) {
   return 0;
 }

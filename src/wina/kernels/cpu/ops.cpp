@@ -152,7 +152,44 @@ static std::vector<int64_t> result_sizes(const Tensor& x, int64_t out) {
 
 // --- the dense path ---
 
+// Up to four rows on a weight with contiguous rows: read it once, in its order.
+static bool dots_pay(const Tensor& x, const Tensor& weight) {
+  int64_t rows = rows_of(x);
+  return dtype_of(x) != Dtype::f64 && rows > 0 && rows <= 4 && weight.dim() == 2 &&
+         weight.size(1) > 0 && (weight.stride(1) == 1 || weight.size(1) < 2);
+}
+
+static Tensor dense_rows(const Tensor& x, const Tensor& weight, const Tensor* bias) {
+  const Dtype dtype = dtype_of(x);
+  const int64_t in = x.size(-1), out = weight.size(0), width = bytes_of(dtype);
+  const int real = int(rows_of(x)), tokens = real == 1 ? 1 : real == 2 ? 2 : real <= 4 ? 4 : 8;
+  thread_local Scratch scratch;
+  float* wide = scratch.get<float>(tokens * (in + padded(in) + out) + 64);
+  float* arranged = wide + tokens * in;
+  float* sums = arranged + tokens * padded(in);
+  std::memset(wide, 0, size_t(tokens) * in * sizeof(float));
+  kernels->widen(dtype, x.data(), wide, real * in);
+  kernels->arrange(dtype, wide, tokens, in, arranged);
+  std::vector<int64_t> sizes = x.sizes();
+  sizes.back() = out;
+  Tensor result = Tensor::empty(sizes, x.dtype());
+  const char* b = bias == nullptr ? nullptr : static_cast<const char*>(bias->data());
+  int64_t parts = parts_for(in * out);
+  parallel(parts, [&](int64_t part) {
+    auto [first, last] = share(out, part, parts);
+    if (first == last) return;
+    kernels->dots(dtype, weight.data(), weight.stride(0), nullptr, arranged, tokens, in, first,
+                  last, sums, out);
+    for (int t = 0; t < real; ++t)
+      kernels->finish(dtype, sums + t * out + first, b ? b + first * width : nullptr,
+                      static_cast<char*>(result.data()) + (t * out + first) * width,
+                      last - first);
+  });
+  return result;
+}
+
 static Tensor linear(const Tensor& x, const Tensor& weight, const Tensor* bias) {
+  if (dots_pay(x, weight)) return dense_rows(x, weight, bias);
   // An optional argument is a pointer to a value that the callee deletes, or null.
   Value optional = bias == nullptr ? 0 : reinterpret_cast<Value>(new Value(bias->share()));
   Value stack[3] = {x.share(), weight.share(), optional};
@@ -359,6 +396,103 @@ static Tensor sparse_gated_mlp(Tensor x, const std::vector<Tensor>& weights,
   return result;
 }
 
+// W x + b, by whichever kernel is the fastest for the layout and the number of rows.
+static Tensor dense_linear(Tensor x, const Tensor& weight, const std::vector<Tensor>& biases) {
+  check(x.dim() >= 1, "x must have at least one dimension");
+  const int64_t in = x.size(-1);
+  const Tensor* bias = bias_at(biases, 0);
+  check_weight(x, in, weight, bias);
+  x = contiguous(std::move(x));
+  if (dots_pay(x, weight) || !skips(x, weight)) return linear(x, weight, bias);
+  const std::vector<float> zeros(size_t(in), 0.0f);
+  const Dtype dtype = dtype_of(x);
+  const int64_t rows = rows_of(x), width = bytes_of(dtype);
+  Tensor result = Tensor::empty(result_sizes(x, weight.size(0)), x.dtype());
+  Lists lists;
+  for (int64_t row = 0; row < rows; row += max_tokens) {
+    int real = int(std::min<int64_t>(max_tokens, rows - row));
+    lists.read(dtype, static_cast<char*>(x.data()) + row * in * width, real, in);
+    lists.compact({zeros.data()});
+    char* y = static_cast<char*>(result.data()) + row * weight.size(0) * width;
+    project_all(dtype, {projection(weight, bias, y)}, lists);
+  }
+  return result;
+}
+
+// softmax(scale q k^T where mask) v for one position of each row; heads share keys and values.
+static Tensor decode_attention(Tensor query, const Tensor& key, const Tensor& value, Tensor mask,
+                               double scale) {
+  check(query.dim() == 4 && key.dim() == 4 && value.dim() == 4 && mask.dim() == 4,
+        "query, key, value and mask must have four dimensions");
+  const Dtype dtype = dtype_of(query);
+  const int64_t batch = query.size(0), heads = query.size(1), size = query.size(3);
+  const int64_t shared = key.size(1), positions = key.size(2), out = value.size(3);
+  check(dtype != Dtype::f64, "float64 is not a dtype of this kernel");
+  check(key.dtype() == query.dtype() && value.dtype() == query.dtype(), "one dtype is needed");
+  check(query.size(2) == 1 && shared > 0 && heads % shared == 0 && key.size(3) == size,
+        "query must have shape (batch, heads, 1, size), heads a multiple of the keys'");
+  check(key.size(0) == batch && value.size(0) == batch && value.size(1) == shared &&
+            value.size(2) == positions,
+        "key and value must have one batch, number of heads and of positions");
+  check((size < 2 || key.stride(3) == 1) && (out < 2 || value.stride(3) == 1),
+        "the last dimension of key and value must be contiguous");
+  check(mask.dtype() == torch.aoti_torch_dtype_bool() && mask.size(1) == 1 && mask.size(2) == 1 &&
+            mask.size(3) == positions && (mask.size(0) == 1 || mask.size(0) == batch),
+        "mask must be bool of shape (batch or 1, 1, 1, positions)");
+  query = contiguous(std::move(query));
+  mask = contiguous(std::move(mask));
+  Tensor result = Tensor::empty({batch, heads, 1, out}, query.dtype());
+  const int64_t width = bytes_of(dtype), group = heads / shared;
+  const int64_t masks = mask.size(0);
+  std::vector<int32_t> live(size_t(masks * positions) + 16);
+  std::vector<int64_t> counts(size_t(masks), 0);
+  for (int64_t m = 0; m < masks; ++m) {
+    const bool* seen = static_cast<const bool*>(mask.data()) + m * positions;
+    for (int64_t p = 0; p < positions; ++p)
+      if (seen[p]) live[size_t(m * positions + counts[size_t(m)]++)] = int32_t(p);
+  }
+  auto at = [&](const Tensor& t, int64_t b, int64_t h) {
+    return static_cast<char*>(t.data()) + (b * t.stride(0) + h * t.stride(1)) * width;
+  };
+  const int64_t units = batch * shared;
+  const int64_t parts = std::min(units, parts_for(units * positions * size));
+  parallel(std::max<int64_t>(parts, 1), [&](int64_t part) {
+    if (parts == 0) return;
+    thread_local Scratch scratch;
+    constexpr int most = 4;  // heads at a time: the kernel for eight rounds their weights
+    const int64_t stride = (positions + 31) / 16 * 16;
+    float* wide = scratch.get<float>(most * (size + padded(size) + stride) + 64);
+    float* arranged = wide + most * size;
+    float* scores = arranged + most * padded(size);
+    for (int64_t unit = units * part / parts; unit < units * (part + 1) / parts; ++unit) {
+      const int64_t b = unit / shared, h = unit % shared, m = masks == 1 ? 0 : b;
+      int32_t* index = live.data() + m * positions;
+      const int64_t count = counts[size_t(m)];
+      for (int64_t g = 0; g < group; g += most) {
+        const int real = int(std::min<int64_t>(most, group - g));
+        const int tokens = real <= 2 ? real : 4;
+        const int64_t head = b * heads + h * group + g;
+        std::memset(wide, 0, size_t(most) * size * sizeof(float));
+        kernels->widen(dtype, static_cast<char*>(query.data()) + head * size * width, wide,
+                       real * size);
+        for (int64_t i = 0; i < real * size; ++i) wide[i] *= float(scale);
+        kernels->arrange(dtype, wide, tokens, size, arranged);
+        kernels->dots(dtype, at(key, b, h), key.stride(2), index, arranged, tokens, size, 0,
+                      count, scores, stride);
+        for (int t = 0; t < real; ++t) kernels->softmax(scores + t * stride, count);
+        for (int t = real; t < tokens; ++t)
+          std::memset(scores + t * stride, 0, size_t(count) * sizeof(float));
+        Live weights{index, scores, stride, count, tokens};
+        Projection p{at(value, b, h), nullptr,
+                     static_cast<char*>(result.data()) + head * out * width, positions, out,
+                     value.stride(2)};
+        kernels->project(dtype, p, weights, real, 0, out, sums_of_thread());
+      }
+    }
+  });
+  return result;
+}
+
 // --- as torch calls them: the arguments on a stack, replaced by the results ---
 
 static std::vector<Tensor> take_each(Value* stack, int begin, int end) {
@@ -390,6 +524,21 @@ static void call_gated_mlp(Value* stack, uint64_t, uint64_t) {
   stack[0] = sparse_gated_mlp(std::move(x), weights, thresholds, activation_named(activation),
                               biases)
                  .release();
+}
+
+static void call_dense_linear(Value* stack, uint64_t, uint64_t) {
+  Tensor x = take_tensor(stack[0]), weight = take_tensor(stack[1]);
+  std::vector<Tensor> biases = take_tensors(stack[2]);
+  stack[0] = dense_linear(std::move(x), weight, biases).release();
+}
+
+static void call_decode_attention(Value* stack, uint64_t, uint64_t) {
+  Tensor query = take_tensor(stack[0]), key = take_tensor(stack[1]);
+  Tensor value = take_tensor(stack[2]), mask = take_tensor(stack[3]);
+  double scale;
+  std::memcpy(&scale, &stack[4], sizeof scale);
+  stack[0] =
+      decode_attention(std::move(query), key, value, std::move(mask), scale).release();
 }
 
 static std::vector<const Kernels*> instruction_sets() {
@@ -426,7 +575,9 @@ WINA_EXPORT const char* wina_register(void* (*find)(const char*)) {
   if (torch.aoti_torch_library_init_impl("wina", "CPU", __FILE__, __LINE__, &library) ||
       torch.torch_library_impl(library, "sparse_linear", call_linear, abi_version) ||
       torch.torch_library_impl(library, "sparse_linears", call_linears, abi_version) ||
-      torch.torch_library_impl(library, "sparse_gated_mlp", call_gated_mlp, abi_version))
+      torch.torch_library_impl(library, "sparse_gated_mlp", call_gated_mlp, abi_version) ||
+      torch.torch_library_impl(library, "dense_linear", call_dense_linear, abi_version) ||
+      torch.torch_library_impl(library, "decode_attention", call_decode_attention, abi_version))
     return "torch refused the operators";
   return nullptr;
 }
