@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import wina
@@ -30,7 +31,9 @@ def test_input_major_weights_give_the_same_function(each_model: PreTrainedModel)
         matrix = layer.weight.t() if "Conv1D" in type(layer).__name__ else layer.weight
         assert matrix.stride(0) == 1
     torch.testing.assert_close(prefill_and_step(each_model), wanted, atol=1e-4, rtol=1e-4)
+    assert type(each_model.get_output_embeddings()) is not nn.Linear
     wina.densify(each_model)
+    assert type(each_model.get_output_embeddings()) is nn.Linear
     assert strides == {name: value.stride() for name, value in each_model.named_parameters()}
     assert all(torch.equal(value, before[name]) for name, value in each_model.state_dict().items())
 

@@ -12,13 +12,14 @@ from torch import nn
 from wina.kernels import available_backends
 from wina.kernels.cpu.library import input_major
 from wina.layers.experts import SparseExpertLinear, store_input_major
-from wina.layers.linear import SparseLayer, matrix, sparse_layers
+from wina.layers.linear import RowsLinear, SparseLayer, matrix, sparse_layers
 
 
 def lay_out_for_decode(model: nn.Module) -> None:
     """Store the sparse layers' weights input-major, in place, where a kernel gains by it.
 
-    That is on the CPU, with the compiled kernels. One layer's weight is copied at a time.
+    That is on the CPU, with the compiled kernels. One layer's weight is copied at a time. A dense
+    head decodes with wina's kernel too, in its own layout.
 
     Args:
         model: sparse.
@@ -28,6 +29,10 @@ def lay_out_for_decode(model: nn.Module) -> None:
     for _, layer in sparse_layers(model):
         if layer.active and layer.keep is None and matrix(layer).device.type == "cpu":
             _store(layer)
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    if type(head) is nn.Linear and head.weight.device.type == "cpu":
+        head.__class__ = RowsLinear  # its weight stays as it is: it may be the embeddings' too
 
 
 def _store(layer: SparseLayer) -> None:

@@ -126,6 +126,16 @@ class SparseLinear(SparseLayer, nn.Linear):
     dense_class = nn.Linear
 
 
+class RowsLinear(nn.Linear):
+    """A dense torch.nn.Linear (the head) that gives few rows on the CPU to wina's own kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return W x + b."""
+        if x.device.type == "cpu" and x.numel() <= FEW * x.shape[-1]:
+            return dense_linear(x, self.weight, self.bias)
+        return super().forward(x)
+
+
 class SparseConv1D(SparseLayer, Conv1D):  # type: ignore[misc]
     """transformers' Conv1D (GPT-2), sparse; its weight is stored input-major."""
 
@@ -168,7 +178,7 @@ def features(module: nn.Module) -> tuple[int, int]:
 
 def is_linear(module: nn.Module) -> bool:
     """Return whether wina has a sparse form of this module, or it is one."""
-    return isinstance(module, SparseLayer) or sparse_class(type(module)) is not None
+    return isinstance(module, (SparseLayer, RowsLinear)) or sparse_class(type(module)) is not None
 
 
 def make_sparse(

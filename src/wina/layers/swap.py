@@ -9,6 +9,7 @@ from wina.kernels.backends import settle
 from wina.layers.experts import close_experts, open_experts, opened
 from wina.layers.extras import install
 from wina.layers.linear import (
+    RowsLinear,
     features,
     is_linear,
     make_dense,
@@ -109,6 +110,9 @@ def densify(model: nn.Module) -> None:
         layer.phase.undo()
         make_dense(layer)
     close_experts(model)
+    for module in model.modules():
+        if type(module) is RowsLinear:
+            module.__class__ = nn.Linear  # type: ignore[assignment]
 
 
 def phase_of(model: nn.Module) -> Phase | None:
