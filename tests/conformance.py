@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import wina
 from tests.families import EXPERTS, Case, make
@@ -74,7 +74,7 @@ def go_through(case: Case, tokenizer: PreTrainedTokenizerBase, text: Path, folde
     assert generate(model, ids[0].tolist(), NEW_TOKENS).ids == tokens
 
     model.save_pretrained(folder / "sparse")
-    loaded = AutoModelForCausalLM.from_pretrained(folder / "sparse", dtype=torch.float32).eval()
+    loaded = case.auto.from_pretrained(folder / "sparse", dtype=torch.float32).eval()
     assert type(loaded) is type(model)
     assert {n: p.shape for n, p in loaded.named_parameters()} == {
         n: p.shape for n, p in untouched.named_parameters()

@@ -7,7 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 from tests.helpers import CONTEXT, VOCABULARY
 from wina.layers.linear import is_linear
@@ -37,6 +42,7 @@ class Case:
         config: what differs from SHAPE.
         notable: what its structure has that Llama's has not.
         refused: a part of the reason, if wina cannot sparsify it.
+        wrapper: a multimodal model; ``config`` is then all of its config.
     """
 
     name: str
@@ -44,6 +50,12 @@ class Case:
     config: Mapping[str, Any] = field(default_factory=dict)
     notable: str = ""
     refused: str | None = None
+    wrapper: bool = False
+
+    @property
+    def auto(self) -> Any:
+        """Transformers' class that makes and loads such models."""
+        return AutoModelForImageTextToText if self.wrapper else AutoModelForCausalLM
 
 
 HEADS = {"head_dim": 8}
@@ -132,14 +144,64 @@ EXPERTS = (
         "experts with biases, stored input-major, gate and up interleaved, attention sinks",
     ),
 )
-CASES = DENSE + EXPERTS
+IMAGE = 300  # id of the token that stands for a piece of an image
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
+TURNS = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
+MULTIMODAL = (
+    Case(
+        "Gemma 3 with vision",
+        "gemma3",
+        {
+            "text_config": SHAPE | HEADS,
+            "vision_config": VISION,
+            "mm_tokens_per_image": 4,
+            "image_token_index": IMAGE,
+        },
+        "language model in a multimodal wrapper",
+        wrapper=True,
+    ),
+    Case(
+        "LLaVA",
+        "llava",
+        {
+            "text_config": SHAPE | {"model_type": "llama"},
+            "vision_config": VISION | {"model_type": "clip_vision_model"},
+            "image_token_index": IMAGE,
+        },
+        "language model in a multimodal wrapper",
+        wrapper=True,
+    ),
+    Case(
+        "Qwen2-VL",
+        "qwen2_vl",
+        {
+            "text_config": SHAPE | TURNS,
+            "vision_config": {"depth": 3, "embed_dim": 32, "hidden_size": 32, "num_heads": 4},
+            "image_token_id": IMAGE,
+            "vision_start_token_id": 301,
+            "vision_end_token_id": 302,
+            "video_token_id": 303,
+        },
+        "language model in a multimodal wrapper, three-part rotary embedding",
+        wrapper=True,
+    ),
+)
+CASES = DENSE + EXPERTS + MULTIMODAL
 
 
 def make(case: Case) -> PreTrainedModel:
     """Return a tiny random model of the family, in evaluation mode, float32, on the CPU."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(case.model_type, **{**SHAPE, **case.config})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    shape = {} if case.wrapper else SHAPE
+    config = AutoConfig.for_model(case.model_type, **{**shape, **case.config})
+    model = case.auto.from_config(config, dtype=torch.float32)
     head = model.get_output_embeddings()
     with torch.no_grad():
         for module in model.modules():

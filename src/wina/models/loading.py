@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from wina.errors import UsageError, WinaError
@@ -71,7 +79,7 @@ def load_model(
         options.pop("gguf_file")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = _auto_class(folder, options).from_pretrained(
             folder, dtype=torch_dtype, output_loading_info=True, **options
         )
     except Exception as error:  # damaged files and code of others may raise anything
@@ -89,6 +97,14 @@ def load_model(
             tokenizer.save_pretrained(temporary)
     commit = getattr(model.config, "_commit_hash", None)
     return LoadedModel(model.eval().to(place), tokenizer, name, commit)
+
+
+def _auto_class(folder: str, options: dict[str, Any]) -> Any:
+    """Return Transformers' class for a causal model, or for a multimodal one with one inside."""
+    kind = type(AutoConfig.from_pretrained(folder, **options))
+    wrapper = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    alone = kind in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if wrapper and not alone else AutoModelForCausalLM
 
 
 def _converted(gguf: Path) -> Path | None:
