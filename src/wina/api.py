@@ -83,7 +83,11 @@ def sparsify(model: Model, plan: Plan, *, check: bool = True) -> Model:
 
 
 def densify(model: Model) -> Model:
-    """Restore a sparse model to exactly what it was, in place, and return it."""
+    """Restore a sparse model to exactly what it was, in place, and return it.
+
+    A PEFT model's adapters stay where they are, around a dense base.
+    """
     layers.densify(model)
-    hf.detach(model)
+    base = getattr(model, "get_base_model", None)  # PEFT's
+    hf.detach(base() if callable(base) else model)
     return model

@@ -1,8 +1,11 @@
+import copy
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from tests.helpers import make_model, make_plan, prompt
 from tests.layers.test_swap import assert_same, fingerprint
 from wina.errors import WinaError
 from wina.integrations import hf
-from wina.layers import phase_of, sparse_layers
+from wina.layers import ChangedWeightsWarning, phase_of, sparse_layers
 from wina.models import identify
 
 
@@ -298,3 +301,52 @@ def test_a_loaded_plan_that_drops_nothing_is_the_dense_model(
         found = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert not any(layer.active for _, layer in sparse_layers(found))
         assert torch.equal(found(prompt()).logits, wanted)
+
+
+def adapted_model(model: PreTrainedModel) -> Any:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=2, init_lora_weights=False)
+    return peft.get_peft_model(model, config)
+
+
+def test_the_base_of_an_adapter_is_made_dense_under_it(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
+    twin = copy.deepcopy(model)
+    sparsified(model, prefill="sparse")
+    torch.manual_seed(0)
+    adapted = adapted_model(model)
+    torch.manual_seed(0)
+    wanted = adapted_model(twin)(prompt()).logits
+    assert not torch.allclose(adapted(prompt()).logits, wanted, atol=1e-3)
+    assert wina.densify(adapted) is adapted
+    assert torch.equal(adapted(prompt()).logits, wanted)
+    assert not hasattr(model.config, "quantization_config")
+    adapted.merge_and_unload().save_pretrained(tmp_path)
+    assert "quantization_config" not in (tmp_path / "config.json").read_text()
+
+
+def test_weights_changed_under_a_plan_are_noticed(model: PreTrainedModel, tmp_path: Path) -> None:
+    ids = prompt()
+    plan = sparsified(model)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ChangedWeightsWarning)
+        for sparse in (model, loaded):
+            sparse(ids)
+            adapted = adapted_model(sparse)
+            adapted(ids)
+            greedy(adapted, ids)
+            adapted.to(torch.bfloat16)(ids)  # a conversion is no change
+            adapted.to(torch.float32)(ids)
+    for sparse in (model, loaded):
+        merged = adapted_model(sparse).merge_and_unload()
+        with pytest.warns(ChangedWeightsWarning, match=r"4 sparse layers, such as .*calibrate"):
+            merged(ids)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ChangedWeightsWarning)
+            merged(ids)  # said once
+        merged.config.name_or_path = "tiny"
+        with pytest.raises(WinaError, match="Calibrate the model as it is and plan again"):
+            wina.sparsify(merged, plan)

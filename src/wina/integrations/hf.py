@@ -23,7 +23,8 @@ from wina.files import validate
 from wina.layers import Phase, sparse_layers
 from wina.layers.experts import open_experts
 from wina.layers.linear import make_sparse, matrix, refresh
-from wina.layers.swap import attach_phase, check_linears, densify
+from wina.layers.swap import attach_phase, check_linears, densify, phase_of
+from wina.layers.watch import Watch
 from wina.models import family_of
 from wina.plan import PlanDocument
 
@@ -81,6 +82,8 @@ class WinaQuantizer(HfQuantizer):  # type: ignore[misc]
             if layer.vector.dtype != torch.float32:
                 raise UsageError(f"the vector of {name} was loaded as {layer.vector.dtype}")
             refresh(layer)
+        if (phase := phase_of(model)) is not None:
+            phase.check = Watch(list(sparse_layers(model))).look
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:

@@ -6,8 +6,10 @@ from wina.layers.linear import SparseConv1D, SparseLayer, SparseLinear, sparse_l
 from wina.layers.phase import Phase
 from wina.layers.scoring import SparsityCounter, scoring
 from wina.layers.swap import change_vectors, densify, phase_of, sparsify
+from wina.layers.watch import ChangedWeightsWarning
 
 __all__ = [
+    "ChangedWeightsWarning",
     "Phase",
     "SparseConv1D",
     "SparseLayer",

@@ -27,6 +27,7 @@ class Phase:
         dense_prefix: with sparse prefill, the number of first positions that stay dense.
         rows: True if every position of the running call is sparse, False if none is, or a
             boolean tensor of shape (positions,).
+        check: called when a prompt comes; None calls nothing.
     """
 
     def __init__(self, prefill: Mode = "dense", dense_prefix: int = 0) -> None:
@@ -35,6 +36,7 @@ class Phase:
         self.rows: bool | Tensor = True
         self.handle: RemovableHandle | None = None
         self.undo: Callable[[], None] = lambda: None  # takes away what wina.layers.extras installed
+        self.check: Callable[[], None] | None = None
         self._forced: bool | None = None
 
     def observe(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -48,6 +50,8 @@ class Phase:
         if inputs is None:
             self.rows = True
             return
+        if self.check is not None and inputs.shape[1] > 1 and not torch.compiler.is_compiling():
+            self.check()
         cache = kwargs.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
         self.rows = self._rows(inputs.shape[1], past, inputs.device)

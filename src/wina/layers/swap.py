@@ -19,6 +19,7 @@ from wina.layers.linear import (
     sparse_layers,
 )
 from wina.layers.phase import Phase
+from wina.layers.watch import Watch
 from wina.plan import Plan, PlanDocument
 
 
@@ -74,6 +75,7 @@ def sparsify(model: nn.Module, plan: Plan) -> Phase:
         make_sparse(module, vector, document.selection, document.linears[name].keep, phase, bias)
     attach_phase(model, phase)
     install(model, plan, phase)
+    phase.check = Watch(list(sparse_layers(model))).look
     return phase
 
 

@@ -30,6 +30,12 @@ class ModelIdentity(BaseModel):
             what = "the same architecture with other weights"
         else:
             return
+        if found.name == self.name:
+            raise WinaError(
+                f"this was made for {self.name!r}, and the model here is {what}: an adapter merged "
+                "into it, training, or another revision. Calibrate the model as it is and plan "
+                "again, or load it as it was."
+            )
         raise WinaError(
             f"this was made for {self.name!r}, and {found.name!r} is {what}. "
             f"Load {self.name!r}, or calibrate {found.name!r} and plan again."
