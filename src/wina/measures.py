@@ -101,7 +101,12 @@ def compare(logits: Tensor, targets: Tensor, dense: Tensor | None = None) -> Tot
 
 @torch.no_grad()
 def score_plan(
-    model: PreTrainedModel, plan: Plan, windows: Sequence[Tensor], dense_prefix: int, what: str
+    model: PreTrainedModel,
+    plan: Plan,
+    windows: Sequence[Tensor],
+    dense_prefix: int,
+    what: str,
+    each: list[Totals] | None = None,
 ) -> tuple[Totals, SparsityCounter]:
     """Score a plan against the dense model on the same windows.
 
@@ -111,6 +116,7 @@ def score_plan(
         windows: token ids, each of shape (1, positions).
         dense_prefix: first positions of each window, dense and not scored.
         what: the progress bar's name.
+        each: gets the totals of each window.
     """
     totals = Totals()
     with scoring(model, plan, dense_prefix) as phase, SparsityCounter(model) as counter:
@@ -119,5 +125,8 @@ def score_plan(
             with phase.force("dense"):
                 dense = model(ids, use_cache=False).logits[0, dense_prefix:-1]
             logits = model(ids, use_cache=False).logits[0, dense_prefix:-1]
-            totals += compare(logits, ids[0, dense_prefix + 1 :], dense)
+            found = compare(logits, ids[0, dense_prefix + 1 :], dense)
+            totals += found
+            if each is not None:
+                each.append(found)
     return totals, counter

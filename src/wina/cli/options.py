@@ -8,16 +8,19 @@ from typing import Annotated, Any
 import typer
 from pydantic_core import to_json
 
-from wina.cache import cached_plan, tuned_at_hand
+from wina.cache import cached_calibration, cached_plan, tuned_at_hand
 from wina.calibration import Calibration, CalibrationSettings, make_plan
 from wina.criteria import criteria
 from wina.errors import UsageError
+from wina.evaluation import Limits, recommend
 from wina.generation import Mode
-from wina.models import LoadedModel, load_model
+from wina.models import LoadedModel, identify, load_model
 from wina.plan import Plan
 from wina.progress import note
 from wina.selection import check_selection, check_sparsity
 from wina.tuning import TUNED, tuned_plan
+
+HELD_OUT_WINDOW = 256  # tokens: enough windows of little text for a bound
 
 Model = Annotated[
     str | None,
@@ -62,6 +65,18 @@ Compile = Annotated[
         "--compile/--no-compile",
         help="Compile the decode step; by default on CUDA only, since it takes half a minute.",
     ),
+]
+MaxIncrease = Annotated[
+    str | None,
+    typer.Option(
+        "--max-perplexity-increase",
+        help="Instead of --sparsity: the highest that keeps perplexity on held-out text within "
+        "this share of the dense model's, such as 2%, by its 95 % upper bound.",
+    ),
+]
+MaxKl = Annotated[
+    float | None,
+    typer.Option("--max-kl", help="The same for the KL to the dense model, nats a token."),
 ]
 Revision = Annotated[str | None, typer.Option(help="Of a hub model.")]
 TrustRemoteCode = Annotated[
@@ -143,6 +158,60 @@ def find_plan(
     return cached_plan(
         loaded, settings, sparsity, method, allocation, selection, include_head, retune
     )
+
+
+def limits(max_increase: str | None, max_kl: float | None) -> Limits | None:
+    """Return what --max-perplexity-increase and --max-kl allow; None without them."""
+    if max_increase is None and max_kl is None:
+        return None
+    increase = None
+    if max_increase is not None:
+        number = max_increase.strip().removesuffix("%")
+        try:
+            increase = float(number) / (1 if number == max_increase.strip() else 100)
+        except ValueError:
+            raise UsageError(
+                f"--max-perplexity-increase takes a share such as 2% or 0.02; got {max_increase!r}"
+            ) from None
+    return Limits(increase, max_kl)
+
+
+def recommended(
+    loaded: LoadedModel,
+    calibration: Calibration,
+    allowed: Limits,
+    method: str | None,
+    allocation: str | None,
+    selection: str,
+    include_head: bool,
+) -> Plan:
+    """Return the plan of the highest sparsity within the limits on the held-out text."""
+    chosen = method or default_criterion(calibration)
+
+    def plan_at(sparsity: float) -> Plan:
+        return make_plan(
+            calibration,
+            sparsity,
+            chosen,
+            allocation,
+            selection,
+            include_head=include_head,
+            model=loaded.model,
+        )
+
+    windows = calibration.windows(held_out=True, length=HELD_OUT_WINDOW)
+    prefix = calibration.document.dense_prefix
+    found = recommend(
+        loaded.model, plan_at, {"held-out text": windows}, allowed, dense_prefix=prefix
+    )
+    note(f"{found.plan.document.target_sparsity:.0%} keeps {allowed} on held-out text")
+    return found.plan
+
+
+def own_calibration(loaded: LoadedModel, seed: int) -> Calibration:
+    """Return a calibration on the model's own text, with enough held-out text for a bound."""
+    identity = identify(loaded.model, loaded.name, loaded.revision)
+    return cached_calibration(loaded, identity, quick_settings(loaded, seed, tuning=True))
 
 
 def default_criterion(calibration: Calibration) -> str:

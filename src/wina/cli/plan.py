@@ -36,6 +36,8 @@ def plan(
             "place of method, allocation and selection; needs --model."
         ),
     ] = None,
+    max_increase: options.MaxIncrease = None,
+    max_kl: options.MaxKl = None,
     refine: Annotated[
         bool, typer.Option("--refine", help="Meet the target on held-out text; needs --model.")
     ] = False,
@@ -53,7 +55,12 @@ def plan(
         wina plan calibration --sparsity 0.65 --refine --model demo -o plan
 
         wina plan calibration --preset wina-paper --model demo -o plan
+
+        wina plan calibration --max-perplexity-increase 2% --model demo -o plan
     """
+    allowed = options.limits(max_increase, max_kl)
+    if allowed is not None and (preset is not None or refine or method == TUNED):
+        raise UsageError("a limit finds a plan of a criterion: leave --preset and --refine out")
     if preset is not None:
         methods.get(preset)
         if method is not None or allocation is not None or selection != "threshold" or include_head:
@@ -62,9 +69,13 @@ def plan(
                 "--include-head with it"
             )
     options.check_request(sparsity, method, allocation, selection)
-    if model is None and (refine or allocation == "greedy" or method == TUNED or preset):
+    if model is None and (
+        refine or allocation == "greedy" or method == TUNED or preset or allowed is not None
+    ):
         what = (
-            "--preset"
+            "a limit"
+            if allowed is not None
+            else "--preset"
             if preset
             else "--refine"
             if refine
@@ -83,6 +94,11 @@ def plan(
     if preset is not None:
         assert loaded is not None
         made = methods.get(preset).plan(Setting(loaded.model, found), sparsity)
+    elif allowed is not None:
+        assert loaded is not None
+        made = options.recommended(
+            loaded, found, allowed, method, allocation, selection, include_head
+        )
     elif method == TUNED:
         assert loaded is not None
         made = tuned_plan(

@@ -47,6 +47,8 @@ def run(
     plan: options.PlanSource = None,
     calibration: options.CalibrationFolder = None,
     retune: options.Retune = False,
+    max_increase: options.MaxIncrease = None,
+    max_kl: options.MaxKl = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -74,7 +76,12 @@ def run(
         wina run HuggingFaceTB/SmolLM2-360M-Instruct --sparsity 0.4 --compare
 
         wina run demo --plan plan --temperature 0.7 --json
+
+        wina run demo --max-perplexity-increase 5% --compare
     """
+    allowed = options.limits(max_increase, max_kl)
+    if allowed is not None and (plan is not None or retune or method == TUNED):
+        raise UsageError("a limit finds a plan of a criterion: leave --plan and --retune out")
     if retune and (plan is not None or calibration is not None or method not in (None, TUNED)):
         raise UsageError("--retune makes a tuned plan: leave --plan, --calibration, --method out")
     if retune:
@@ -89,18 +96,29 @@ def run(
     if artifact is not None:
         artifact.document.model.check(identify(loaded.model, loaded.name))
     ids = encode_prompt(loaded.model, loaded.tokenizer, prompt, raw)
-    found = options.find_plan(
-        loaded,
-        found,
-        statistics,
-        sparsity,
-        method,
-        allocation,
-        selection,
-        include_head,
-        seed,
-        retune,
-    )
+    if allowed is not None:
+        found = options.recommended(
+            loaded,
+            statistics or options.own_calibration(loaded, seed),
+            allowed,
+            method,
+            allocation,
+            selection,
+            include_head,
+        )
+    else:
+        found = options.find_plan(
+            loaded,
+            found,
+            statistics,
+            sparsity,
+            method,
+            allocation,
+            selection,
+            include_head,
+            seed,
+            retune,
+        )
 
     def answer(stream: bool) -> Generation:
         room = len(ids) + max(max_new_tokens, WARM_UP)

@@ -1,5 +1,15 @@
 """Quality: perplexity, divergence from the dense model and agreement, beside real sparsity."""
 
 from wina.evaluation.quality import DenseResult, Evaluation, SparseResult, evaluate, text_windows
+from wina.evaluation.recommend import Limits, Recommendation, recommend
 
-__all__ = ["DenseResult", "Evaluation", "SparseResult", "evaluate", "text_windows"]
+__all__ = [
+    "DenseResult",
+    "Evaluation",
+    "Limits",
+    "Recommendation",
+    "SparseResult",
+    "evaluate",
+    "recommend",
+    "text_windows",
+]

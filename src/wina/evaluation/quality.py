@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from wina.allocation.build import versions
 from wina.calibration.text import read_text
 from wina.errors import UsageError
+from wina.evaluation.bounds import divergence, perplexity_increase
 from wina.measures import Totals, compare, score_plan
 from wina.models import start_ids
 from wina.plan import Plan
@@ -33,6 +34,15 @@ class DenseResult(BaseModel):
     perplexity: float
 
 
+class Window(BaseModel):
+    """One window's positions and sums over them: negative log likelihoods and KL, nats."""
+
+    positions: int
+    nll: float
+    dense_nll: float
+    kl: float
+
+
 class SparseResult(BaseModel):
     """What one plan loses.
 
@@ -42,6 +52,9 @@ class SparseResult(BaseModel):
         top1_agreement: share of positions where both models put the same token first.
         by_kind: realized sparsity of each kind of projection.
         by_block: realized sparsity of each decoder block.
+        increase: perplexity / the dense model's - 1; ``increase_upper`` and ``kl_upper`` are
+            one-sided 95 % upper bounds, windows being the units; None for too few of them.
+        windows: what each window contributed.
     """
 
     method: str
@@ -54,6 +67,10 @@ class SparseResult(BaseModel):
     top1_agreement: float
     by_kind: dict[str, float]
     by_block: dict[int, float]
+    increase: float = 0.0
+    increase_upper: float | None = None
+    kl_upper: float | None = None
+    windows: list[Window] = []
 
 
 class Evaluation(BaseModel):
@@ -174,8 +191,16 @@ def _score(
 ) -> SparseResult:
     document = plan.document
     what = f"{document.method} {document.allocation} {document.target_sparsity:.0%}"
-    totals, counter = score_plan(model, plan, windows, dense_prefix, what)
+    each: list[Totals] = []
+    totals, counter = score_plan(model, plan, windows, dense_prefix, what, each)
     return SparseResult(
+        increase=perplexity_increase(each).estimate,
+        increase_upper=perplexity_increase(each).upper,
+        kl_upper=divergence(each).upper,
+        windows=[
+            Window(positions=x.positions, nll=x.nll, dense_nll=x.dense_nll, kl=x.divergence)
+            for x in each
+        ],
         method=document.method,
         allocation=document.allocation,
         selection=document.selection,
