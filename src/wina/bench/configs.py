@@ -108,7 +108,9 @@ def random_model(
         UsageError: no config has that name.
     """
     config = CONFIGS.get(name)
-    generator = torch.Generator(device).manual_seed(seed)
+    # The meta device has shapes only, and no generator.
+    place = "cpu" if device.type == "meta" else device
+    generator = torch.Generator(place).manual_seed(seed)
     with torch.device(device), no_init_weights():
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     model.tie_weights()
