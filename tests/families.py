@@ -90,6 +90,7 @@ DENSE = (
         {"new_decoder_architecture": True, "num_kv_heads": 2},
         "fused grouped qkv, two norms, parallel blocks",
     ),
+    Case("Falcon RW", "falcon", {"alibi": True, "multi_query": False}, "fused qkv, ALiBi"),
     Case("GPT-NeoX, Pythia", "gpt_neox", {}, "fused qkv, parallel blocks, LayerNorm"),
     Case("OPT", "opt", {"word_embed_proj_dim": 32, "ffn_dim": 48}, "learned positions, ReLU"),
     Case("GPT-2", "gpt2", {}, "Conv1D, fused qkv, learned positions"),

@@ -1,3 +1,5 @@
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,23 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
             (temporary / name).write_text(name)
     assert [x.name for x in path.iterdir()] == ["second"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_and_folders_get_the_mode_that_the_umask_gives(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "text", "new")
+        write_tensors(tmp_path / "tensors", {"a": torch.zeros(3)}, {})
+        with replacing_folder(tmp_path / "folder") as folder:
+            write_text(folder / "text", "new")
+    finally:
+        os.umask(before)
+    modes = {x.name: stat.S_IMODE(x.stat().st_mode) for x in tmp_path.rglob("*")}
+    files = {name: mode for name, mode in modes.items() if name != "folder"}
+    assert set(files.values()) == {0o666 & ~umask}
+    assert modes["folder"] == 0o777 & ~umask
 
 
 def test_tensors_survive_with_metadata_whatever_their_strides(tmp_path: Path) -> None:

@@ -82,6 +82,8 @@ class Decoder:
         self._generator = torch.Generator(device)
         self._cache: Cache | None = None
         self._static = False
+        self._refused = False  # the model cannot decode with a static cache
+        self._prompt = torch.empty(0)
         self._forward: Callable[[], object] | None = None
         self._graph: Any = None
         self._steps = 0
@@ -107,14 +109,18 @@ class Decoder:
                 f"a prompt of shape {tuple(ids.shape)} does not fit a decoder of {self.batch} "
                 f"rows and {self.capacity} positions"
             )
+        self._read(ids)
+        self._draw()
+
+    def _read(self, ids: Tensor) -> None:
         cache = DynamicCache(config=self.model.config)
         output = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         if self.logits.numel() == 0:
             self.logits = torch.empty_like(output.logits[:, -1])
         self.logits.copy_(output.logits[:, -1])
         del output
+        self._prompt = ids
         self._keep(cache, ids.shape[1])
-        self._draw()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -149,16 +155,28 @@ class Decoder:
         if self._forward is not None:
             self._forward()
             return
-        with self._decoding():
-            if self.mode == "compiled" and self._static:
-                try:
-                    self._forward = record(self._eager)
-                except Exception as error:  # compilers fail in their own ways
-                    note(f"torch.compile failed, decoding goes on without it: {error}")
-                    self.mode = "eager"
-                    self._eager()
-            else:
+        try:
+            with self._decoding():
+                self._first()
+        except Exception:  # whatever a model raises about shapes
+            if not self._static or self._steps > 0:
+                raise
+            # Some models build what they add to the scores (ALiBi) for the positions so far, not
+            # for those that fit. They decode with the cache that they make themselves.
+            self._refused = True
+            self._read(self._prompt)
+            with self._decoding():
                 self._eager()
+
+    def _first(self) -> None:
+        if self.mode == "compiled" and self._static:
+            try:
+                self._forward = record(self._eager)
+                return
+            except Exception as error:  # compilers fail in their own ways
+                note(f"torch.compile failed, decoding goes on without it: {error}")
+                self.mode = "eager"
+        self._eager()
 
     def _eager(self) -> None:
         output = self.model(
@@ -184,7 +202,7 @@ class Decoder:
 
         Layers with a sliding window get the full length too: the mask knows the window.
         """
-        if any(type(layer) not in KNOWN for layer in prompt.layers):
+        if self._refused or any(type(layer) not in KNOWN for layer in prompt.layers):
             self._cache, self._static = prompt, False
             return
         if self._cache is None:
