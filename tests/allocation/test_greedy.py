@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -8,6 +10,7 @@ from tests.layers.test_swap import assert_same, fingerprint
 from wina.allocation import allocate_greedily
 from wina.allocation.greedy import MOST
 from wina.criteria import criteria
+from wina.layers.linear import SparseLayer
 from wina.statistics import LinearStatistics
 
 
@@ -91,3 +94,43 @@ def test_it_works_through_a_plan_on_every_family(each_model: PreTrainedModel) ->
     calibration = wina.calibrate(each_model, make_tokenizer(), tokens=512, context=64)
     plan = calibration.plan(0.5, allocation="greedy", model=each_model)
     assert plan.sparsity == pytest.approx(0.5, abs=2e-3)
+
+
+@pytest.mark.parametrize("selection", ["threshold", "topk"])
+@pytest.mark.parametrize("basis", [False, True])
+def test_what_is_not_computed_again_changes_nothing(
+    each_model: PreTrainedModel,
+    selection: str,
+    basis: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from wina.allocation import greedy
+    from wina.calibration.rotated import find_bases, in_bases
+
+    statistics = statistics_of(each_model)
+
+    def search() -> tuple[torch.Tensor, int]:
+        counter = MaskCounter(monkeypatch)
+        args = (each_model, prompt(40), statistics, criteria.get("wina"), selection, 0.4, 4)
+        with in_bases(each_model, find_bases(each_model, "svd")) if basis else nullcontext():
+            return allocate_greedily(*args), counter.count  # type: ignore[arg-type]
+
+    found, masks = search()
+    monkeypatch.setattr(greedy._Replay, "start", lambda _: nullcontext())
+    wanted, more = search()
+    assert found.equal(wanted)
+    assert masks < 0.75 * more
+
+
+class MaskCounter:
+    """Counts the masks that sparse layers compute."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+
+        def mask(layer: SparseLayer, x: torch.Tensor) -> torch.Tensor:
+            self.count += 1
+            return before(layer, x)
+
+        before = SparseLayer.__dict__["mask"]
+        monkeypatch.setattr(SparseLayer, "mask", mask)

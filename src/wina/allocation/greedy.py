@@ -7,12 +7,16 @@ A step saves the same number of weights in every linear, 2.5 % of the block's (T
 Departure: where that would be more than a fifth of a linear (k_proj of a grouped-query model is
 smaller than one such step), the step is a fifth of it. So that steps of different size compare,
 the least rise of squared error for each weight saved wins.
+
+A candidate changes one linear. What it cannot have changed, the outputs of linears that run on
+inputs from before, is not computed again (``_Replay``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,10 +123,14 @@ def _search_block(
     targets: Sequence[float],
     dense_prefix: int,
 ) -> Tensor:
+    replay = _Replay([gate.layer for gate in gates])
+
     def error() -> float:
         output = _hidden(block(*args, **kwargs))
         return float((output - dense)[:, dense_prefix:].float().square().mean())
 
+    with replay.start():
+        error()
     sparsities = torch.zeros(len(statistics), dtype=torch.float64)
     weights = torch.tensor([linear.site.weights for linear in statistics], dtype=torch.float64)
     current = 0.0
@@ -140,7 +148,8 @@ def _search_block(
                 if step <= 1e-9:
                     continue
                 gate.set(float(sparsities[index]) + step)
-                after = error()
+                with replay.changed(gate.layer):
+                    after = error()
                 gate.set(float(sparsities[index]))
                 price = (after - current) / (step * float(weights[index]))
                 if best is None or price < best[0]:
@@ -150,8 +159,72 @@ def _search_block(
             _, current, index, step = best
             sparsities[index] += step
             gates[index].set(float(sparsities[index]))
+            with replay.changed(gates[index].layer, keep=True):
+                error()
         found.append(sparsities.clone())
     return torch.stack(found)
+
+
+class _Replay:
+    """Outputs of a block's linears as they stand, so that a candidate computes what follows it.
+
+    Inputs are numbered in the order in which they come up. A linear whose input has the changed
+    one's number, or a lower one, was given it before the changed one ran, and gives what it gave.
+    """
+
+    def __init__(self, layers: Sequence[SparseLayer]) -> None:
+        self._layers = layers
+        self._numbers: dict[SparseLayer, int] = {}
+        self._outputs: dict[SparseLayer, tuple[Tensor, int]] = {}  # and its version
+
+    @contextmanager
+    def start(self) -> Iterator[None]:
+        """Run the whole block, number the inputs and keep the outputs."""
+        inputs: list[Tensor] = []
+        calls: list[SparseLayer] = []
+
+        def run(layer: SparseLayer, x: Tensor) -> Tensor:
+            if not any(known is x for known in inputs):
+                inputs.append(x)
+            self._numbers[layer] = next(n for n, known in enumerate(inputs) if known is x)
+            calls.append(layer)
+            return self._computed(layer, x, keep=True)
+
+        with self._instead(run):
+            yield
+        if len(set(calls)) < len(calls):  # one of them runs twice
+            self._numbers.clear()
+
+    @contextmanager
+    def changed(self, changed: SparseLayer, *, keep: bool = False) -> Iterator[None]:
+        """Run the block with one linear's gate changed; ``keep`` it so."""
+        number = self._numbers.get(changed, -1)
+
+        def run(layer: SparseLayer, x: Tensor) -> Tensor:
+            if layer is not changed and self._numbers.get(layer, number + 1) <= number:
+                found, version = self._outputs[layer]
+                if found._version == version:  # else the block wrote into it
+                    return found
+            return self._computed(layer, x, keep)
+
+        with self._instead(run):
+            yield
+
+    def _computed(self, layer: SparseLayer, x: Tensor, keep: bool) -> Tensor:
+        y = type(layer).forward(layer, x)
+        if keep:
+            self._outputs[layer] = y, y._version
+        return y
+
+    @contextmanager
+    def _instead(self, run: Callable[[SparseLayer, Tensor], Tensor]) -> Iterator[None]:
+        try:
+            for layer in self._layers:
+                layer.forward = partial(run, layer)  # type: ignore[method-assign]
+            yield
+        finally:
+            for layer in self._layers:
+                vars(layer).pop("forward", None)
 
 
 class _Gate:
