@@ -26,6 +26,7 @@ from wina.layers import SparsityCounter, scoring
 from wina.layers.linear import matrix
 from wina.methods import Setting, methods, recipe
 from wina.methods.probe import dropped_by_topk
+from wina.methods.recipe import search_ids
 from wina.methods.rsparse import factors, split
 from wina.methods.wisparse import ALPHAS, HIGHEST, LOWEST, best_alpha, mutate
 from wina.plan import Extras, Plan
@@ -69,6 +70,10 @@ def shares_of(plan: Plan) -> list[float]:
 def test_every_method_says_what_it_is_and_meets_its_target(setting: Setting, name: str) -> None:
     method = methods.get(name)
     assert method.paper
+    if name == "tuned":
+        with pytest.raises(UsageError, match="for this model: no sparsity"):
+            method.plan(setting, 0.3)
+        return
     plan = method.plan(setting, 0.3)
     assert plan.document.method == name
     extras = plan.document.extras
@@ -215,6 +220,28 @@ def test_a_low_rank_term_by_hand(setting: Setting) -> None:
         assert torch.allclose(layer(x), wanted, atol=1e-5)
         with phase.force("dense"):
             assert layer(x).equal(dense)
+
+
+def test_searches_read_other_text_under_another_seed(setting: Setting) -> None:
+    windows = setting.calibration.windows()
+    count = len(windows)
+    assert count == 8
+    for seed in (0, 1, 5):
+        found = search_ids(setting.reseeded(seed), 256)
+        assert found.equal(torch.cat([windows[(2 * seed + i) % count] for i in range(2)]))
+    assert len(search_ids(setting, 10**6)) == count
+    assert len(search_ids(setting, 100)[0]) == 100
+
+
+@pytest.mark.parametrize("name", list(methods))
+def test_methods_without_a_seed_do_not_depend_on_it(setting: Setting, name: str) -> None:
+    if name == "tuned":
+        pytest.skip("has no plan for this model")
+    short = replace(setting, search_tokens=128)
+    one, other = (methods.get(name).plan(short.reseeded(seed), 0.3) for seed in (0, 1))
+    if not methods.get(name).seeded:
+        assert shares_of(one) == shares_of(other)
+        assert all(vector.equal(other.vectors[key]) for key, vector in one.vectors.items())
 
 
 def test_wisparse_alpha_is_the_best_of_the_grid() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from wina.calibration import Calibration
 from wina.methods import Method, methods
 from wina.reproduce import Cell
 from wina.reproduce import grid as grid_module
-from wina.reproduce.report import paired
+from wina.reproduce.grid import perplexity
+from wina.reproduce.report import Entry, paired
 
 OPTIONS = ("--tokens", 500, "--calibration-tokens", 512, "--context", 128, "--dense-prefix", 4)
 
@@ -37,7 +39,9 @@ def test_a_grid_is_filled_and_goes_on(
     first = run("teal,cats", "0.3,0.6")
     assert first.code == 0, first.err  # type: ignore[attr-defined]
     before = files(grid)
-    assert set(before) == {"teal-0.3.json", "teal-0.6.json", "cats-0.3.json", "cats-0.6.json"}
+    assert set(before) == {
+        f"{name}-{s}-seed0.json" for name in ("teal", "cats") for s in (0.3, 0.6)
+    }
 
     # More methods: what is done stays, and is not planned again.
     def fail(*_: object) -> None:
@@ -85,9 +89,32 @@ def test_a_grid_is_filled_and_goes_on(
     copy.write_text(text_before + " more")
     changed = run("larosa", "0.3", "--text", copy)
     assert "grid of other settings" in changed.said  # type: ignore[attr-defined]
-    other = run("larosa", "0.3", "--seed", 1)
+    other = run("larosa", "0.3", "--search-tokens", 128)
     assert other.code == 2  # type: ignore[attr-defined]
     assert "grid of other settings" in other.said  # type: ignore[attr-defined]
+
+
+def test_seeds(cli: Cli, qwen3: Path, text: Path, tmp_path: Path) -> None:
+    done = cli(
+        *("reproduce", "--models", qwen3, "--text", text, "--calibration-text", text, "--json"),
+        *("--methods", "teal,wina", "--sparsities", "0.5", "-o", tmp_path / "grid"),
+        *("--no-plots", *OPTIONS, "--seeds", "0,1,2", "--search-tokens", 128),
+    )
+    cells = [Cell(**x) for x in json.loads(done.out)["cells"]]
+    # Greedy searches read other text under each seed; uniform wina has nothing to draw.
+    assert [(x.method, x.seed) for x in cells] == [
+        *(("teal", seed) for seed in range(3)),
+        ("wina", 0),
+    ]
+    assert len({tuple(x.nll) for x in cells}) == 4
+    table = (tmp_path / "grid" / "table.md").read_text()
+    teal, wina = Entry(cells[:3]), Entry(cells[3:])
+    values = [perplexity(x.nll, x.positions) for x in cells[:3]]
+    mean, spread = statistics.mean(values), statistics.stdev(values)
+    assert f"| teal | {mean:.4g} ± {spread:.2g} (" in table
+    assert "seeds 0, 1, 2" in table
+    difference, error = paired(wina, teal)
+    assert f"| wina | {difference:+.4f} ± {error:.4f} |" in table
 
 
 def test_true_bytes_by_hand(cli: Cli, qwen3: Path, text: Path, tmp_path: Path) -> None:
@@ -125,11 +152,17 @@ def cell(nll: list[float], positions: list[int]) -> Cell:
 
 
 def test_paired_differences_by_hand() -> None:
-    mean, error = paired(cell([10, 22, 36], [10, 10, 10]), cell([10, 20, 30], [10, 10, 10]))
+    one, other = cell([10, 22, 36], [10, 10, 10]), cell([10, 20, 30], [10, 10, 10])
+    mean, error = paired(Entry([one]), Entry([other]))
     assert mean == pytest.approx((0 + 0.2 + 0.6) / 3)
     spread = [0 - mean, 0.2 - mean, 0.6 - mean]
     assert error == pytest.approx(math.sqrt(sum(x * x for x in spread) / 2 / 3))
-    assert math.isnan(paired(cell([1], [1]), cell([2], [1]))[1])
+    assert math.isnan(paired(Entry([cell([1], [1])]), Entry([cell([2], [1])]))[1])
+    # Of several seeds, the mean of each window.
+    again = cell([10, 18, 36], [10, 10, 10])
+    mean, error = paired(Entry([one, again]), Entry([other]))
+    assert mean == pytest.approx((0 + 0 + 0.6) / 3)
+    assert error == pytest.approx(math.sqrt((0.04 + 0.04 + 0.16) / 2 / 3))
 
 
 @pytest.mark.parametrize(
@@ -137,6 +170,7 @@ def test_paired_differences_by_hand() -> None:
     [
         (("--methods", "wina-papr"), "Did you mean 'wina-paper'?"),
         (("--sparsities", "0.5,x"), "numbers separated by commas"),
+        (("--seeds", "0.5"), "numbers separated by commas"),
         (("--sparsities", "0.5,1.5"), "sparsity must lie in"),
         (("--sparsities", "0"), "above 0"),
         (("--reference", "nothing"), "unknown method"),

@@ -16,7 +16,10 @@ from wina.bases.base import BasisMaker, GroupFacts, register
 def right_singular_vectors(facts: GroupFacts) -> Tensor:
     """Q = V of W = U S V^T, columns by falling singular value."""
     # On the CPU: LAPACK's is as fast here as the GPU's and the same everywhere.
-    vectors: Tensor = torch.linalg.svd(facts.weight.cpu(), full_matrices=True).Vh.T
+    weight = facts.weight.cpu()
+    if weight.shape[0] > weight.shape[1]:  # R has the singular values and V of W = O R
+        weight = torch.linalg.qr(weight, mode="r").R
+    vectors: Tensor = torch.linalg.svd(weight, full_matrices=True).Vh.T
     return vectors.to(facts.weight.device)
 
 

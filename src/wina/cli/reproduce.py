@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -13,7 +14,10 @@ from wina.methods import methods
 from wina.progress import note
 from wina.reproduce import GridSettings, write_report
 from wina.reproduce import reproduce as run_grid
-from wina.reproduce.report import REFERENCE, check_plots
+from wina.reproduce.plots import check_plots
+from wina.reproduce.report import REFERENCES
+
+T = TypeVar("T", int, float)
 
 
 def reproduce(
@@ -32,7 +36,9 @@ def reproduce(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the grid.")] = Path(
         "grid"
     ),
-    reference: Annotated[str, typer.Option(help="Method that others are paired with.")] = REFERENCE,
+    reference: Annotated[
+        str, typer.Option(help="Methods that others are paired with, separated by commas.")
+    ] = ",".join(REFERENCES),
     tokens: Annotated[int, typer.Option(help="How many to score at most.")] = 20_480,
     calibration_tokens: Annotated[int, typer.Option(help="Of calibration text.")] = 16_384,
     search_tokens: Annotated[int, typer.Option(help="That a greedy search reads.")] = 2_048,
@@ -41,7 +47,9 @@ def reproduce(
     plots: Annotated[bool, typer.Option(help="Draw plots; needs the extra report.")] = True,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
-    seed: options.Seed = 0,
+    seeds: Annotated[
+        str, typer.Option(help="Of searches and of what is random, separated by commas.")
+    ] = "0",
     as_json: options.Json = False,
 ) -> None:
     """Compare methods: models x methods x sparsities on one text, with tables and plots.
@@ -52,18 +60,14 @@ def reproduce(
     Examples:
         wina reproduce --text test.txt --calibration-text valid.txt -o grid
 
-        wina reproduce --text test.txt --methods teal,wina-paper --sparsities 0.5 --tokens 2048
+        wina reproduce --text test.txt --methods teal,wina-paper --sparsities 0.5 --seeds 0,1,2
     """
     if not text:
         raise UsageError("name a text to score: --text FILE")
     if plots:
         check_plots()
-    try:
-        targets = [float(part) for part in sparsities.split(",")]
-    except ValueError:
-        raise UsageError(
-            f"--sparsities takes numbers separated by commas; got {sparsities!r}"
-        ) from None
+    targets = _numbers("--sparsities", sparsities, float)
+    chosen = _numbers("--seeds", seeds, int)
     settings = GridSettings(
         text=tuple(text),
         calibration_text=tuple(calibration_text or ()),
@@ -72,15 +76,21 @@ def reproduce(
         search_tokens=search_tokens,
         context=context,
         dense_prefix=dense_prefix,
-        seed=seed,
         dtype=dtype,
     )
     wanted = names.split(",") if names else list(methods)
-    methods.get(reference)
-    cells = run_grid(output, models.split(","), wanted, targets, settings, device)
-    paths = write_report(output, cells, reference, plots=plots)
+    references = [methods.get(name).name for name in reference.split(",")]
+    cells = run_grid(output, models.split(","), wanted, targets, settings, device, chosen)
+    paths = write_report(output, cells, references, plots=plots)
     if as_json:
         options.print_json({"cells": [cell.model_dump(mode="json") for cell in cells]})
         return
     for path in paths:
         note(str(path), style="none")
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], T]) -> list[T]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} takes numbers separated by commas; got {text!r}") from None

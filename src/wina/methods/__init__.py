@@ -20,6 +20,7 @@ from wina.methods import (  # noqa: F401  isort: skip
     rsparse,
     teal,
     teal_transform,
+    tuned,
     wina,
     wina_paper,
     wisparse,

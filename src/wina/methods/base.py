@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
@@ -26,7 +26,7 @@ class Setting:
         model: dense; dense again when a plan is made.
         calibration: of the model.
         sparsities: all targets that will be asked for, so that one search may serve them all.
-        seed: of what is random.
+        seed: of what is random, and of which part of the calibration text a search reads.
         search_tokens: of calibration text that a greedy search reads.
     """
 
@@ -36,6 +36,10 @@ class Setting:
     seed: int = 0
     search_tokens: int = GREEDY_TOKENS
     _made: dict[Any, Any] = field(default_factory=dict)
+
+    def reseeded(self, seed: int) -> Setting:
+        """Return the same setting under another seed; what was made once is shared."""
+        return replace(self, seed=seed)
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """Return what ``make`` returned the first time it was asked for under ``key``."""
@@ -57,6 +61,7 @@ class Method:
             sparsity is out of its reach.
         basis: the input basis its linears run in, if any.
         adds: what it adds to the linears that no kernel runs (and ``wina cost`` cannot count).
+        seeded: its plan depends on the setting's seed.
     """
 
     name: str
@@ -65,6 +70,7 @@ class Method:
     make: Callable[[Setting, float], Plan]
     basis: str | None = None
     adds: str = ""
+    seeded: bool = False
 
     def plan(self, setting: Setting, sparsity: float) -> Plan:
         """Return a plan under the method's name."""

@@ -52,7 +52,7 @@ def recipe(
         statistics = calibration.linears(include_head=False)
         chosen = criteria.get(criterion)
         if allocation == "greedy":
-            key = ("greedy", basis, criterion, selection)
+            key = ("greedy", basis, criterion, selection, setting.seed)
             shares = greedy(setting, key, statistics, chosen, selection, sparsity)
         else:
             shares = torch.full((len(statistics),), sparsity, dtype=torch.float64)
@@ -89,10 +89,14 @@ def greedy(
 
 
 def search_ids(setting: Setting, tokens: int) -> Tensor:
-    """Return calibration tokens for a search, shape (windows, positions), on the model's device."""
-    calibration = setting.calibration
-    windows = calibration.windows(limit=max(1, tokens // calibration.document.window))
-    return torch.cat(windows)[:, :tokens].to(setting.model.device)
+    """Return calibration tokens for a search, shape (windows, positions), on the model's device.
+
+    Each seed takes up where the seed before it ended, and from the start again after the last.
+    """
+    windows = setting.calibration.windows()
+    count = min(max(1, tokens // setting.calibration.document.window), len(windows))
+    chosen = [windows[(setting.seed * count + i) % len(windows)] for i in range(count)]
+    return torch.cat(chosen)[:, :tokens].to(setting.model.device)
 
 
 def assemble(

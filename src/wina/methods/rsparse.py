@@ -39,9 +39,16 @@ class Split:
 
 
 def factors(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return U S and V^T of W = U S V^T: rank r is their first r columns and rows."""
-    u, s, vh = torch.linalg.svd(weight.cpu().double(), full_matrices=False)
-    return (u * s).float().to(weight.device), vh.float().to(weight.device)
+    """Return U S and V^T of W = U S V^T, or U and S V^T: rank r is their first columns and rows.
+
+    By the eigenvectors of the smaller of W^T W and W W^T: W V V^T = U U^T W, rank by rank.
+    """
+    w = weight.double()
+    if w.shape[0] < w.shape[1]:
+        u = torch.linalg.eigh(w @ w.T).eigenvectors.flip(-1)
+        return u.float(), (u.T @ w).float()
+    v = torch.linalg.eigh(w.T @ w).eigenvectors.flip(-1)
+    return (w @ v).float(), v.T.float()
 
 
 def split(x: Tensor, weight: Tensor, u: Tensor, vh: Tensor, sparsity: float) -> Split:
@@ -100,5 +107,6 @@ RSPARSE = register(
         ),
         make=rsparse,
         adds="a low-rank term for what is dropped",
+        seeded=True,
     )
 )

@@ -9,5 +9,6 @@ TEAL = register(
         paper="TEAL, arXiv 2408.14690",
         departures="top-k instead of thresholds, as WINA's paper compares; steps of 2.5 %",
         make=recipe("teal", "greedy", "topk"),
+        seeded=True,
     )
 )

@@ -10,5 +10,6 @@ TEAL_TRANSFORM = register(
         departures="those of wina-paper",
         make=recipe("teal", "greedy", "topk", basis="svd"),
         basis="svd",
+        seeded=True,
     )
 )

@@ -13,5 +13,6 @@ WINA_PAPER = register(
         ),
         make=recipe("wina-kgate", "greedy", "topk", basis="svd"),
         basis="svd",
+        seeded=True,
     )
 )

@@ -17,12 +17,16 @@ from torch import Tensor
 
 from wina.allocation import greedy_path
 from wina.criteria import criteria
-from wina.measures import score_plan
+from wina.layers import scoring
+from wina.layers.linear import refresh, sparse_layers
+from wina.measures import compare
 from wina.methods.base import Method, Setting, register
 from wina.methods.probe import dropped_by_topk, for_each_linear
 from wina.methods.recipe import assemble, search_ids
 from wina.models import blocks
 from wina.plan import Plan
+from wina.progress import track
+from wina.selection import channels_kept
 from wina.statistics import LinearStatistics
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -87,25 +91,34 @@ def wisparse(setting: Setting, sparsity: float) -> Plan:
     return _plan(setting, statistics, shares, sparsity)
 
 
+@torch.no_grad()
 def _evolve(
     setting: Setting, statistics: list[LinearStatistics], budgets: list[float], sparsity: float
 ) -> list[float]:
-    draw = random.Random(setting.seed)
-    ids = [search_ids(setting, FITNESS_TOKENS)[:1]]
+    model, draw = setting.model, random.Random(setting.seed)
+    ids = search_ids(setting, FITNESS_TOKENS)[:1]
     skip = setting.calibration.document.dense_prefix
+    shares = torch.full((len(statistics),), sparsity, dtype=torch.float64)
+    plan = _plan(setting, statistics, shares, sparsity)
+    with scoring(model, plan, skip) as phase:
+        with phase.force("dense"):
+            dense = model(ids, use_cache=False).logits[0, skip:-1]
+        layers = dict(sparse_layers(model))
 
-    def fitness(candidate: Sequence[float]) -> float:
-        shares = torch.tensor(
-            [sparsity if x.site.block is None else candidate[x.site.block] for x in statistics],
-            dtype=torch.float64,
-        )
-        plan = _plan(setting, statistics, shares, sparsity)
-        return score_plan(setting.model, plan, ids, skip, "evolution")[0].kl
+        def fitness(candidate: Sequence[float]) -> float:
+            for site in (x.site for x in statistics):
+                if site.block is not None:
+                    layer = layers[site.name]
+                    layer.keep = channels_kept(site.in_features, candidate[site.block])
+                    refresh(layer)
+            logits = model(ids, use_cache=False).logits[0, skip:-1]
+            return compare(logits, ids[0, skip + 1 :], dense).kl
 
-    best = fitness(budgets), budgets
-    for _ in range(GENERATIONS):
-        children = [mutate(best[1], draw) for _ in range(OFFSPRING)]
-        best = min([best, *((fitness(child), child) for child in children)], key=lambda x: x[0])
+        best = fitness(budgets), budgets
+        for _ in track(range(GENERATIONS), "evolution", GENERATIONS):
+            children = [mutate(best[1], draw) for _ in range(OFFSPRING)]
+            found = [(fitness(child), child) for child in children]
+            best = min([best, *found], key=lambda x: x[0])
     return best[1]
 
 
@@ -126,5 +139,6 @@ WISPARSE = register(
             "by the linear's output error; top-k"
         ),
         make=wisparse,
+        seeded=True,
     )
 )

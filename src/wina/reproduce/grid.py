@@ -24,8 +24,7 @@ from wina.calibration.text import check_text
 from wina.errors import UsageError
 from wina.evaluation import text_windows
 from wina.files import read_json, write_text
-from wina.layers import SparsityCounter, scoring
-from wina.measures import Totals, compare
+from wina.measures import Totals, score_plan
 from wina.methods import Method, Setting, methods
 from wina.models import LoadedModel, identify, load_model
 from wina.plan import Plan
@@ -48,7 +47,6 @@ class GridSettings:
         context: positions of a window.
         dense_prefix: first positions of a window, dense and not scored.
         search_tokens: of calibration text that a greedy search reads.
-        seed: of what is random.
         dtype: of the weights; auto is the checkpoint's.
     """
 
@@ -59,7 +57,6 @@ class GridSettings:
     context: int = 2_048
     dense_prefix: int = 20
     search_tokens: int = 2_048
-    seed: int = 0
     dtype: str = "float32"
 
     def record(self) -> str:
@@ -115,6 +112,7 @@ def reproduce(
     sparsities: Sequence[float],
     settings: GridSettings,
     device: str = "auto",
+    seeds: Sequence[int] = (0,),
 ) -> list[Cell]:
     """Fill a grid, going on where it was, and return all its cells in order.
 
@@ -125,6 +123,7 @@ def reproduce(
         sparsities: targets, in (0, 1).
         settings: what the cells have in common.
         device: a torch device, or auto.
+        seeds: of searches and of what is random; a method that has neither runs under the first.
 
     Raises:
         UsageError: an unknown name or bad number, or the folder holds a grid of other settings.
@@ -140,18 +139,27 @@ def reproduce(
         raise UsageError(f"two of the models have one name in files: {', '.join(models)}")
     _check_folder(output, settings)
     order = sorted(set(sparsities), reverse=True)  # a search to the highest serves the others
-    wanted = [(model, method, s) for model in models for method in chosen for s in order]
+    seeds = list(dict.fromkeys(seeds))
+    wanted = [
+        (model, method, s, seed)
+        for model in models
+        for method in chosen
+        for seed in (seeds if method.seeded else seeds[:1])
+        for s in order
+    ]
     todo = [x for x in wanted if not _path(output, *x).exists()]
     with bar("reproduce", len(wanted), len(wanted) - len(todo)) as advance:
         for model in models:
-            mine = [(method, s) for name, method, s in todo if name == model]
+            mine = [rest for name, *rest in todo if name == model]
             if mine:
                 _fill(output, model, mine, order, settings, device, advance)
     cells = [read_json(_path(output, *x), Cell) for x in wanted]
-    for cell, (model, _, _) in zip(cells, wanted, strict=True):
+    for cell, (model, *_) in zip(cells, wanted, strict=True):
         if cell.model != model:
             raise UsageError(f"{output} holds another model of the name {short_name(model)!r}")
-    return sorted(cells, key=lambda x: (models.index(x.model), names.index(x.method), x.target))
+    return sorted(
+        cells, key=lambda x: (models.index(x.model), names.index(x.method), x.target, x.seed)
+    )
 
 
 def _check_folder(output: Path, settings: GridSettings) -> None:
@@ -168,14 +176,15 @@ def short_name(model: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name if "/" in model else model)
 
 
-def _path(output: Path, model: str, method: Method, sparsity: float) -> Path:
-    return output / "cells" / short_name(model) / f"{method.name}-{sparsity:g}.json"
+def _path(output: Path, model: str, method: Method, sparsity: float, seed: int) -> Path:
+    name = f"{method.name}-{sparsity:g}-seed{seed}.json"
+    return output / "cells" / short_name(model) / name
 
 
 def _fill(
     output: Path,
     source: str,
-    todo: Sequence[tuple[Method, float]],
+    todo: Sequence[Sequence[Any]],
     sparsities: Sequence[float],
     settings: GridSettings,
     device: str,
@@ -195,24 +204,23 @@ def _fill(
         model,
         _calibration(output, source, loaded, settings),
         sparsities,
-        settings.seed,
-        settings.search_tokens,
+        search_tokens=settings.search_tokens,
     )
-    for method, sparsity in todo:
+    for method, sparsity, seed in todo:
         facts: dict[str, Any] = {
             "model": source,
             "method": method.name,
             "paper": method.paper,
             "departures": method.departures,
             "target": sparsity,
-            "seed": settings.seed,
+            "seed": seed,
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": _device_name(model.device),
             "versions": versions(),
         }
         begin = time.perf_counter()
         try:
-            plan = method.plan(setting, sparsity)
+            plan = method.plan(setting.reseeded(seed), sparsity)
         except UsageError as error:
             cell = Cell(**facts, status="refused", reason=str(error))
         else:
@@ -223,9 +231,10 @@ def _fill(
                 "score_seconds": time.perf_counter() - planned,
             }
             cell = Cell(**facts, **scores, **seconds)
-        write_text(_path(output, source, method, sparsity), cell.model_dump_json(indent=1))
+        write_text(_path(output, source, method, sparsity, seed), cell.model_dump_json(indent=1))
         advance(1)
-        note(f"{source}, {method.name} at {sparsity:.0%}: {_said(cell)}")
+        which = f" (seed {seed})" if seed else ""
+        note(f"{source}, {method.name} at {sparsity:.0%}{which}: {_said(cell)}")
 
 
 def _said(cell: Cell) -> str:
@@ -254,12 +263,11 @@ def _calibration(
     return calibrate(
         loaded.model,
         loaded.tokenizer,
-        text or SelfText(seed=settings.seed),
+        text or SelfText(),
         CalibrationSettings(
             tokens=settings.calibration_tokens,
             context=settings.context,
             dense_prefix=settings.dense_prefix,
-            seed=settings.seed,
             verdict=False,
         ),
         name=loaded.name,
@@ -268,19 +276,11 @@ def _calibration(
     )
 
 
-@torch.no_grad()
 def _score(
     model: PreTrainedModel, plan: Plan, windows: Sequence[Tensor], dense_prefix: int
 ) -> dict[str, Any]:
-    parts = []
-    with scoring(model, plan, dense_prefix) as phase, SparsityCounter(model) as counter:
-        for window in windows:
-            ids = window.to(model.device)
-            with phase.force("dense"):
-                dense = model(ids, use_cache=False).logits[0, dense_prefix:-1]
-            logits = model(ids, use_cache=False).logits[0, dense_prefix:-1]
-            parts.append(compare(logits, ids[0, dense_prefix + 1 :], dense))
-    total = sum(parts, Totals())
+    each: list[Totals] = []
+    total, counter = score_plan(model, plan, windows, dense_prefix, "scoring", each)
     width = model.dtype.itemsize
     head = _head_bytes(model)
     planned = sum(x.in_features * x.out_features * x.usage for x in plan.document.linears.values())
@@ -288,9 +288,9 @@ def _score(
         "sparsity": counter.sparsity,
         "bytes": counter.read * width + head + extra_bytes(plan, width),
         "dense_bytes": planned * width + head,
-        "nll": [part.nll for part in parts],
-        "dense_nll": [part.dense_nll for part in parts],
-        "positions": [part.positions for part in parts],
+        "nll": [part.nll for part in each],
+        "dense_nll": [part.dense_nll for part in each],
+        "positions": [part.positions for part in each],
         "kl": total.kl,
         "agreement": total.agreement,
     }
