@@ -57,6 +57,15 @@ def test_a_grid_is_filled_and_goes_on(
     assert {name: after[name] for name in before} == before
     assert len(after) == 6
 
+    # A report on what is there computes nothing, and says so where there is nothing.
+    part = run("teal,random", "0.3,0.6", "--no-fill")
+    assert part.code == 0, part.err  # type: ignore[attr-defined]
+    assert "random" not in (grid / "table.md").read_text()
+    none = run("random", "0.3", "--no-fill")
+    assert "holds none of these cells" in none.said  # type: ignore[attr-defined]
+    assert run("teal,cats,larosa", "0.3,0.6").code == 0  # type: ignore[attr-defined]
+    assert files(grid) == after
+
     rows = list(csv.DictReader((grid / "results.csv").read_text().splitlines()))
     assert [(row["method"], row["target"]) for row in rows] == [
         (name, target) for name in ("teal", "cats", "larosa") for target in ("0.3", "0.6")

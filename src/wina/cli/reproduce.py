@@ -45,6 +45,9 @@ def reproduce(
     context: Annotated[int, typer.Option(help="Positions of a window.")] = 2_048,
     dense_prefix: Annotated[int, typer.Option(help="First positions, dense, not scored.")] = 20,
     plots: Annotated[bool, typer.Option(help="Draw plots; needs the extra report.")] = True,
+    fill: Annotated[
+        bool, typer.Option(help="Fill the grid; or report on the cells that are there.")
+    ] = True,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     seeds: Annotated[
@@ -80,7 +83,7 @@ def reproduce(
     )
     wanted = names.split(",") if names else list(methods)
     references = [methods.get(name).name for name in reference.split(",")]
-    cells = run_grid(output, models.split(","), wanted, targets, settings, device, chosen)
+    cells = run_grid(output, models.split(","), wanted, targets, settings, device, chosen, fill)
     paths = write_report(output, cells, references, plots=plots)
     if as_json:
         options.print_json({"cells": [cell.model_dump(mode="json") for cell in cells]})

@@ -113,6 +113,7 @@ def reproduce(
     settings: GridSettings,
     device: str = "auto",
     seeds: Sequence[int] = (0,),
+    fill: bool = True,
 ) -> list[Cell]:
     """Fill a grid, going on where it was, and return all its cells in order.
 
@@ -124,9 +125,11 @@ def reproduce(
         settings: what the cells have in common.
         device: a torch device, or auto.
         seeds: of searches and of what is random; a method that has neither runs under the first.
+        fill: the cells that are missing; if not, return those that are there.
 
     Raises:
-        UsageError: an unknown name or bad number, or the folder holds a grid of other settings.
+        UsageError: an unknown name or bad number, or the folder holds a grid of other settings,
+            or none of the cells if they are not to be filled.
     """
     chosen = [methods.get(name) for name in names]
     for sparsity in sparsities:
@@ -143,11 +146,16 @@ def reproduce(
     wanted = [
         (model, method, s, seed)
         for model in models
+        for seed in seeds
         for method in chosen
-        for seed in (seeds if method.seeded else seeds[:1])
+        if method.seeded or seed == seeds[0]
         for s in order
     ]
     todo = [x for x in wanted if not _path(output, *x).exists()]
+    if not fill:
+        wanted, todo = [x for x in wanted if x not in todo], []
+        if not wanted:
+            raise UsageError(f"{output} holds none of these cells yet")
     with bar("reproduce", len(wanted), len(wanted) - len(todo)) as advance:
         for model in models:
             mine = [rest for name, *rest in todo if name == model]
