@@ -1,0 +1,135 @@
+// What the kernels share. Compiled at run time by NVRTC, without any header.
+// ELEMENT: 0 float32, 1 float16, 2 bfloat16.
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#if ELEMENT == 0
+typedef float element;
+#else
+typedef u16 element;
+#endif
+constexpr int WIDTH = 16 / sizeof(element);  // elements of a 16-byte load
+
+__device__ __forceinline__ float to_float(element bits) {
+#if ELEMENT == 0
+  return bits;
+#elif ELEMENT == 1
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+#else
+  return __uint_as_float(static_cast<u32>(bits) << 16);
+#endif
+}
+
+__device__ __forceinline__ element to_element(float value) {
+#if ELEMENT == 0
+  return value;
+#elif ELEMENT == 1
+  u16 bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+#else
+  u16 bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+#endif
+}
+
+__device__ __forceinline__ float rounded(float value) { return to_float(to_element(value)); }
+
+struct alignas(16) Vector {
+  u32 words[4];
+};
+
+__device__ __forceinline__ void unpack(const Vector& vector, float (&values)[WIDTH]) {
+#if ELEMENT == 0
+#pragma unroll
+  for (int i = 0; i < 4; ++i) values[i] = __uint_as_float(vector.words[i]);
+#else
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#if ELEMENT == 2
+    values[2 * i] = __uint_as_float(vector.words[i] << 16);
+    values[2 * i + 1] = __uint_as_float(vector.words[i] & 0xffff0000u);
+#else
+    values[2 * i] = to_float(static_cast<u16>(vector.words[i] & 0xffffu));
+    values[2 * i + 1] = to_float(static_cast<u16>(vector.words[i] >> 16));
+#endif
+  }
+#endif
+}
+
+__device__ __forceinline__ Vector pack(const float (&values)[WIDTH]) {
+  Vector vector;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#if ELEMENT == 0
+    vector.words[i] = __float_as_uint(values[i]);
+#else
+    vector.words[i] = to_element(values[2 * i]) |
+                      static_cast<u32>(to_element(values[2 * i + 1])) << 16;
+#endif
+  }
+  return vector;
+}
+
+__device__ __forceinline__ element pick(const Vector& vector, int i) {
+#if ELEMENT == 0
+  return __uint_as_float(vector.words[i]);
+#else
+  return static_cast<element>(vector.words[i / 2] >> i % 2 * 16);
+#endif
+}
+
+// Weights are read once a step: they should not push the cache's other contents out.
+__device__ __forceinline__ u64 stream_policy() {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ Vector load_stream(const void* address, u64 policy) {
+  Vector v;
+  asm("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+      : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+      : "l"(address), "l"(policy));
+  return v;
+}
+
+// Not .nc: the kernel before may still be writing x when this one starts.
+__device__ __forceinline__ Vector load_fresh(const void* address) {
+  Vector v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+               : "l"(address)
+               : "memory");
+  return v;
+}
+
+// Programmatic dependent launch: this kernel may start before the one before it has ended.
+__device__ __forceinline__ void wait_for_inputs() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+__device__ __forceinline__ void let_next_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+__device__ __forceinline__ u32 cluster_rank() {
+  u32 rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ float read_from(const float* mine, int rank) {
+  u32 local = static_cast<u32>(__cvta_generic_to_shared(mine)), remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
+  float value;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote) : "memory");
+  return value;
+}

@@ -1,0 +1,331 @@
+// y = W drop(x) for a few tokens: only the rows of live channels are read.
+//
+// W is stored input-major: row j holds channel j's weights for all outputs. A cluster of CLUSTER
+// blocks computes one tile of COLUMNS outputs. Each of its blocks takes every CLUSTER-th chunk of
+// WIDTH channels, gates them, lists the live ones in shared memory, and adds up their rows; the
+// blocks' sums then meet in shared memory of the cluster, in a fixed order. So there is no
+// compaction kernel, no workspace, no atomic, and the result does not vary between runs.
+//
+// Compile-time: ELEMENT, TOKENS, LANES, GROUPS, UNROLL, CLUSTER, HELD, GATED, NORM, BLOCKS.
+//   LANES threads read one row's tile, 16 bytes each; GROUPS rows are read side by side.
+//   HELD chunks of channels are gated by a thread at once. BLOCKS should fit a multiprocessor.
+//   GATED: two projections, out = act(gate) * up. Otherwise up to three, one after the other.
+#include "common.cuh"
+
+constexpr int COLUMNS = LANES * WIDTH;
+constexpr int THREADS = (LANES * GROUPS + 31) / 32 * 32;
+constexpr int WARPS = THREADS / 32;
+constexpr int LISTS = GATED ? 2 : 1;
+
+struct Projection {
+  const element* weight;
+  const float* thresholds;
+  const element* bias;  // or null
+  element* out;         // (tokens, outputs)
+  long long stride;     // elements from row to row of the weight
+  int outputs, tiles;
+};
+
+struct Arguments {
+  Projection projections[3];
+  const element* x;         // (tokens, inputs)
+  const element* norm;      // RMSNorm's weight, or null
+  const element* residual;  // (tokens, outputs), added to the first projection's output, or null
+  float epsilon;
+  int inputs, tokens, count, activation, capacity;
+};
+
+__device__ __forceinline__ float activate(float x, int kind) {
+  switch (kind) {
+    case 0: return x / (1.0f + __expf(-x));
+    case 1: return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
+    case 2: return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+    default: return x != x ? x : fmaxf(x, 0.0f);
+  }
+}
+
+// The sum over the block of each token's value, in a fixed order; all threads get it.
+__device__ __forceinline__ void block_sum(float (&values)[TOKENS], float* scratch) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int token = 0; token < TOKENS; ++token) {
+#pragma unroll
+    for (int step = 16; step; step /= 2)
+      values[token] += __shfl_xor_sync(0xffffffffu, values[token], step);
+    if (lane == 0) scratch[warp * TOKENS + token] = values[token];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int token = 0; token < TOKENS; ++token) {
+    float sum = lane < WARPS ? scratch[lane * TOKENS + token] : 0.0f;
+#pragma unroll
+    for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    values[token] = sum;
+  }
+}
+
+struct Gate {
+  float thresholds[LISTS][WIDTH];
+  float norm[WIDTH];
+};
+
+__device__ __forceinline__ void read_gate(Gate& gate, const Arguments& a, int which, int chunk) {
+#pragma unroll
+  for (int list = 0; list < LISTS; ++list) {
+    const float4* from = reinterpret_cast<const float4*>(
+        a.projections[GATED ? list : which].thresholds + chunk * WIDTH);
+#pragma unroll
+    for (int i = 0; i < WIDTH / 4; ++i) {
+      const float4 four = __ldg(from + i);
+      gate.thresholds[list][4 * i] = four.x;
+      gate.thresholds[list][4 * i + 1] = four.y;
+      gate.thresholds[list][4 * i + 2] = four.z;
+      gate.thresholds[list][4 * i + 3] = four.w;
+    }
+  }
+#if NORM
+  Vector weight;
+  *reinterpret_cast<uint4*>(&weight) =
+      __ldg(reinterpret_cast<const uint4*>(a.norm + chunk * WIDTH));
+  unpack(weight, gate.norm);
+#endif
+}
+
+// One chunk of a token's x, normed if asked.
+__device__ __forceinline__ Vector read_x(const Arguments& a, int token, int channel,
+                                         const Gate& gate, float scale) {
+  Vector found = load_fresh(a.x + static_cast<long long>(token) * a.inputs + channel);
+#if NORM
+  float x[WIDTH];
+  unpack(found, x);
+#pragma unroll
+  for (int i = 0; i < WIDTH; ++i) x[i] = gate.norm[i] * rounded(x[i] * scale);
+  found = pack(x);
+#endif
+  return found;
+}
+
+template <int TAIL>
+__device__ __forceinline__ void add_rows(float (&sums)[TOKENS][WIDTH], const char* weight,
+                                         u32 stride, const u32* rows, const element* values,
+                                         int first, int count, u64 policy) {
+  Vector found[UNROLL];
+#pragma unroll
+  for (int u = 0; u < UNROLL; ++u) {
+    const int i = first + u * GROUPS;
+    if (!TAIL || i < count) {
+      found[u] = load_stream(weight + static_cast<u64>(rows[i]) * stride, policy);
+    } else {
+      found[u] = Vector{{0, 0, 0, 0}};
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < UNROLL; ++u) {
+    const int i = first + u * GROUPS;
+    float row[WIDTH];
+    unpack(found[u], row);
+#pragma unroll
+    for (int token = 0; token < TOKENS; ++token) {
+      const float x = !TAIL || i < count ? to_float(values[i * TOKENS + token]) : 0.0f;
+#pragma unroll
+      for (int c = 0; c < WIDTH; ++c) sums[token][c] = fmaf(x, row[c], sums[token][c]);
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    wina_rows(const __grid_constant__ Arguments a) {
+  extern __shared__ __align__(16) char memory[];
+  __shared__ u32 totals[WARPS];
+  __shared__ float scratch[WARPS * TOKENS];
+  __shared__ float parts[LISTS][TOKENS][COLUMNS];
+  u32* rows = reinterpret_cast<u32*>(memory);  // [LISTS][capacity]
+  element* values = reinterpret_cast<element*>(rows + LISTS * a.capacity);  // [..][..][TOKENS]
+  float* meet = reinterpret_cast<float*>(memory);  // [GROUPS][COLUMNS], when the lists are done
+
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int rank = CLUSTER == 1 ? 0 : cluster_rank();
+  int tile = blockIdx.x / CLUSTER, which = 0;
+  if (!GATED) {
+    while (tile >= a.projections[which].tiles) tile -= a.projections[which++].tiles;
+  }
+  const int chunks = a.inputs / WIDTH;
+  const int mine = (chunks - rank + CLUSTER - 1) / CLUSTER;  // chunks of this block
+
+  let_next_start();
+  Gate gate[HELD];
+#pragma unroll
+  for (int held = 0; held < HELD; ++held) {
+    const int chunk = thread + THREADS * held;
+    if (chunk < mine) read_gate(gate[held], a, which, rank + CLUSTER * chunk);
+  }
+  const u64 policy = stream_policy();
+  wait_for_inputs();
+
+  float scale[TOKENS];
+#if NORM
+#pragma unroll
+  for (int token = 0; token < TOKENS; ++token) scale[token] = 0.0f;
+  for (int chunk = thread; chunk < chunks; chunk += THREADS) {
+#pragma unroll
+    for (int token = 0; token < TOKENS; ++token) {
+      if (token >= a.tokens) break;
+      float x[WIDTH];
+      unpack(load_fresh(a.x + static_cast<long long>(token) * a.inputs + chunk * WIDTH), x);
+#pragma unroll
+      for (int i = 0; i < WIDTH; ++i) scale[token] = fmaf(x[i], x[i], scale[token]);
+    }
+  }
+  block_sum(scale, scratch);
+#pragma unroll
+  for (int token = 0; token < TOKENS; ++token)
+    scale[token] = rsqrtf(scale[token] / a.inputs + a.epsilon);
+#endif
+
+  // One round lists HELD chunks of each thread.
+  int count[LISTS];
+#pragma unroll
+  for (int list = 0; list < LISTS; ++list) count[list] = 0;
+  for (int start = 0; start < mine; start += THREADS * HELD) {
+    Vector x[HELD][TOKENS];
+    u32 live[HELD][LISTS][TOKENS], either[HELD][LISTS], own = 0;
+#pragma unroll
+    for (int held = 0; held < HELD; ++held) {
+      const int chunk = start + thread + THREADS * held;
+#pragma unroll
+      for (int list = 0; list < LISTS; ++list) either[held][list] = 0;
+      if (chunk >= mine) continue;
+      const int channel = (rank + CLUSTER * chunk) * WIDTH;
+      if (start) read_gate(gate[held], a, which, rank + CLUSTER * chunk);
+#pragma unroll
+      for (int token = 0; token < TOKENS; ++token) {
+        float now[WIDTH];
+        if (token < a.tokens) {
+          x[held][token] = read_x(a, token, channel, gate[held], scale[token]);
+          unpack(x[held][token], now);
+        }
+#pragma unroll
+        for (int list = 0; list < LISTS; ++list) {
+          u32 bits = 0;
+#pragma unroll
+          for (int i = 0; i < WIDTH; ++i)  // written so that NaN is kept
+            bits |= u32(!(fabsf(now[i]) < gate[held].thresholds[list][i])) << i;
+          live[held][list][token] = token < a.tokens ? bits : 0;
+          either[held][list] |= live[held][list][token];
+        }
+      }
+    }
+    // Both lists' counts in one word: exclusive sums over the block.
+#pragma unroll
+    for (int held = 0; held < HELD; ++held) {
+      own += __popc(either[held][0]);
+      if (LISTS == 2) own += __popc(either[held][LISTS - 1]) << 16;
+    }
+    u32 before = own;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const u32 other = __shfl_up_sync(0xffffffffu, before, step);
+      if (lane >= step) before += other;
+    }
+    if (start) __syncthreads();  // totals are still being read
+    if (lane == 31) totals[warp] = before;
+    __syncthreads();
+    const u32 total = lane < WARPS ? totals[lane] : 0;
+    before += __reduce_add_sync(0xffffffffu, lane < warp ? total : 0) - own;
+    const u32 all = __reduce_add_sync(0xffffffffu, total);
+#pragma unroll
+    for (int list = 0; list < LISTS; ++list) {
+      int place = list * a.capacity + count[list] + (list ? before >> 16 : before & 0xffffu);
+#pragma unroll
+      for (int held = 0; held < HELD; ++held) {
+        const int channel = (rank + CLUSTER * (start + thread + THREADS * held)) * WIDTH;
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) {
+          if (either[held][list] >> i & 1) {
+            rows[place] = channel + i;
+#pragma unroll
+            for (int token = 0; token < TOKENS; ++token)
+              values[place * TOKENS + token] =
+                  live[held][list][token] >> i & 1 ? pick(x[held][token], i) : element(0);
+            ++place;
+          }
+        }
+      }
+      count[list] += list ? all >> 16 : all & 0xffffu;
+    }
+  }
+  __syncthreads();
+
+  const int column = tile * COLUMNS + thread % LANES * WIDTH, group = thread / LANES;
+  float sums[LISTS][TOKENS][WIDTH];
+#pragma unroll
+  for (int list = 0; list < LISTS; ++list) {
+#pragma unroll
+    for (int token = 0; token < TOKENS; ++token)
+#pragma unroll
+      for (int c = 0; c < WIDTH; ++c) sums[list][token][c] = 0.0f;
+    const Projection& p = a.projections[GATED ? list : which];
+    if (group < GROUPS && column < p.outputs) {
+      const char* weight = reinterpret_cast<const char*>(p.weight + column);
+      const u32 stride = p.stride * sizeof(element);
+      const u32* r = rows + list * a.capacity;
+      const element* v = values + list * a.capacity * TOKENS;
+      int i = group;
+      for (; i + (UNROLL - 1) * GROUPS < count[list]; i += UNROLL * GROUPS)
+        add_rows<0>(sums[list], weight, stride, r, v, i, count[list], policy);
+      if (i < count[list]) add_rows<1>(sums[list], weight, stride, r, v, i, count[list], policy);
+    }
+  }
+
+  // The groups' sums, one list and token at a time.
+#pragma unroll
+  for (int list = 0; list < LISTS; ++list) {
+#pragma unroll
+    for (int token = 0; token < TOKENS; ++token) {
+      __syncthreads();
+      if (group < GROUPS) {
+        float4* to = reinterpret_cast<float4*>(meet + group * COLUMNS + thread % LANES * WIDTH);
+#pragma unroll
+        for (int i = 0; i < WIDTH / 4; ++i)
+          to[i] = make_float4(sums[list][token][4 * i], sums[list][token][4 * i + 1],
+                              sums[list][token][4 * i + 2], sums[list][token][4 * i + 3]);
+      }
+      __syncthreads();
+      for (int c = thread; c < COLUMNS; c += THREADS) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int g = 0; g < GROUPS; ++g) sum += meet[g * COLUMNS + c];
+        parts[list][token][c] = sum;
+      }
+    }
+  }
+
+  if (CLUSTER > 1) cluster_sync(); else __syncthreads();
+  // Each block finishes its share of the tile's columns.
+  constexpr int SHARE = (COLUMNS + CLUSTER - 1) / CLUSTER;
+  for (int i = thread; i < SHARE * a.tokens; i += THREADS) {
+    const int c = rank * SHARE + i % SHARE, token = i / SHARE;
+    const int output = tile * COLUMNS + c;
+    const Projection& p = a.projections[GATED ? 0 : which];
+    if (c >= COLUMNS || output >= p.outputs) continue;
+    float found[LISTS];
+#pragma unroll
+    for (int list = 0; list < LISTS; ++list) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int r = 0; r < CLUSTER; ++r)
+        sum += CLUSTER == 1 ? parts[list][token][c] : read_from(&parts[list][token][c], r);
+      const element* bias = a.projections[GATED ? list : which].bias;
+      if (bias) sum += to_float(__ldg(bias + output));
+      found[list] = rounded(sum);
+    }
+    const long long place = static_cast<long long>(token) * p.outputs + output;
+#if GATED
+    p.out[place] = to_element(rounded(activate(found[0], a.activation)) * found[LISTS - 1]);
+#else
+    if (a.residual) found[0] = to_float(a.residual[place]) + found[0];
+    p.out[place] = to_element(found[0]);
+#endif
+  }
+  if (CLUSTER > 1) cluster_sync();  // a block's shared memory must outlive its readers
+}

@@ -1,0 +1,161 @@
+"""y = W drop(x) on a GPU by skipping rows: shapes, configurations and the launch of rows.cu."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wina.kernels.cuda.compile import kernel, mapping
+
+ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+TOKENS = (1, 2, 4, 8)  # rows of x that a kernel is compiled for
+MOST = 3  # projections of one launch
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the work is cut up.
+
+    Attributes:
+        lanes: threads that read one row's tile, 16 bytes each.
+        groups: rows that a block reads side by side.
+        unroll: rows that a thread has under way.
+        cluster: blocks that share a tile, each with its part of the channels.
+        blocks: of a multiprocessor, for the compiler's choice of registers.
+    """
+
+    lanes: int
+    groups: int
+    unroll: int = 8
+    cluster: int = 8
+    blocks: int = 1
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return -(-self.lanes * self.groups // 32) * 32
+
+
+class _Projection(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("thresholds", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("stride", ctypes.c_longlong),
+        ("outputs", ctypes.c_int),
+        ("tiles", ctypes.c_int),
+    )
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = (
+        ("projections", _Projection * MOST),
+        ("x", ctypes.c_void_p),
+        ("norm", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
+        ("epsilon", ctypes.c_float),
+        ("inputs", ctypes.c_int),
+        ("tokens", ctypes.c_int),
+        ("count", ctypes.c_int),
+        ("activation", ctypes.c_int),
+        ("capacity", ctypes.c_int),
+    )
+
+
+def fits(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Return whether the kernel can compute W drop(x): few tokens, input-major rows of 16 bytes."""
+    if x.dtype not in ELEMENTS or not x.numel() or x.numel() > TOKENS[-1] * x.shape[-1]:
+        return False
+    width = 16 // x.element_size()
+    return x.shape[-1] % width == 0 and all(
+        weight.dtype == x.dtype
+        and weight.stride(0) == 1
+        and weight.stride(1) % width == 0
+        and weight.shape[0] % width == 0
+        and weight.stride(1) * x.element_size() < 1 << 31
+        and weight.data_ptr() % 16 == 0
+        for weight in weights
+    )
+
+
+def rows(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    config: Config,
+    *,
+    activation: str | None = None,
+    norm: Tensor | None = None,
+    epsilon: float = 0.0,
+    residual: Tensor | None = None,
+) -> list[Tensor]:
+    """Return W drop(x) + b of each projection; ``fits`` must hold.
+
+    Args:
+        x: shape (..., inputs), CUDA.
+        weights: W, shape (outputs, inputs), strides (1, outputs): one to three.
+        thresholds: shape (inputs,), float32, one of each projection.
+        biases: shape (outputs,) or None, one of each projection.
+        config: how the work is cut up.
+        activation: with it there are two projections, gate and up, and one result, act(gate) * up.
+        norm: the weight of an RMSNorm that x goes through first, shape (inputs,).
+        epsilon: of the norm.
+        residual: added to the first projection's result, that result's shape.
+    """
+    x = x.contiguous()
+    inputs = x.shape[-1]
+    tokens = x.numel() // inputs
+    compiled_for = next(number for number in TOKENS if number >= tokens)
+    width = 16 // x.element_size()
+    chunks = -(-(inputs // width) // config.cluster)
+    held = min(4 if compiled_for == 1 else 1, -(-chunks // config.threads))
+    macros = {
+        "ELEMENT": ELEMENTS[x.dtype],
+        "TOKENS": compiled_for,
+        "LANES": config.lanes,
+        "GROUPS": config.groups,
+        "UNROLL": config.unroll,
+        "CLUSTER": config.cluster,
+        "HELD": held,
+        "GATED": int(activation is not None),
+        "NORM": int(norm is not None),
+        "BLOCKS": config.blocks,
+    }
+    device = x.device.index or 0
+    run = kernel("rows.cu", "wina_rows", mapping(macros), device, config.threads)
+    lists = 1 if activation is None else 2
+    columns = config.lanes * width
+    capacity = chunks * width
+    arguments = _Arguments(
+        x=x.data_ptr(),
+        norm=None if norm is None else norm.data_ptr(),
+        residual=None if residual is None else residual.data_ptr(),
+        epsilon=epsilon,
+        inputs=inputs,
+        tokens=tokens,
+        count=len(weights),
+        activation=ACTIVATIONS[activation or "silu"],
+        capacity=capacity,
+    )
+    results, tiles = [], 0
+    for place, (weight, vector, bias) in enumerate(zip(weights, thresholds, biases, strict=True)):
+        projection = arguments.projections[place]
+        projection.weight, projection.thresholds = weight.data_ptr(), vector.data_ptr()
+        projection.bias = None if bias is None else bias.data_ptr()
+        projection.stride, projection.outputs = weight.stride(1), weight.shape[0]
+        projection.tiles = -(-weight.shape[0] // columns)
+        if activation is None or place == 0:
+            results.append(x.new_empty((*x.shape[:-1], weight.shape[0])))
+            projection.out = results[-1].data_ptr()
+            tiles += projection.tiles
+    lists_bytes = lists * capacity * (4 + x.element_size() * compiled_for)
+    shared = max(lists_bytes, config.groups * columns * 4)
+    run.launch(tiles * config.cluster, shared, arguments)
+    return results
