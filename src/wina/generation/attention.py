@@ -47,9 +47,8 @@ def decode_attention(
         return found
     assert attention_mask is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # Elsewhere than on the CPU there is no kernel: the compiler fuses what the formula says.
     kernel = kernels.decode_attention
-    if query.device.type != "cpu" or query.dtype == torch.float64:
+    if query.dtype == torch.float64:
         kernel = reference.decode_attention
     return kernel(query, key, value, attention_mask, scale).transpose(1, 2), None
 

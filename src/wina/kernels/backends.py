@@ -28,6 +28,16 @@ BACKENDS: Registry[Callable[[], str | None]] = Registry("backend", "backends")
 BACKENDS.add(REFERENCE, lambda: None)
 BACKENDS.add("cpu", cpu.load)
 
+
+def _gpu(kind: str) -> str | None:
+    from wina.kernels import gpu  # which asks this module what is forced
+
+    return gpu.load_cuda() if kind == "cuda" else gpu.load_triton()
+
+
+BACKENDS.add("cuda", lambda: _gpu("cuda"))
+BACKENDS.add("triton", lambda: _gpu("triton"))
+
 _active = AUTO
 _settled = False
 

@@ -18,6 +18,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
+from wina.kernels.absorb import absorb
 from wina.kernels.backends import available_backends
 
 LINEAR = torch.ops.wina.sparse_linear
@@ -43,6 +44,8 @@ def fuse(module: GraphModule) -> GraphModule:
             groups.setdefault(node.args[0], []).append(node)
     for group in groups.values():
         _fuse_group(group, order)
+    if _on_gpu(module):
+        absorb(module)
     module.graph.lint()
     module.recompile()
     return module
@@ -73,6 +76,11 @@ def _use_rows_kernel(node: Any) -> None:
         call = node.graph.call_function(torch.ops.wina.dense_linear, arguments)
         node.replace_all_uses_with(call)
     _erase(node)
+
+
+def _on_gpu(module: GraphModule) -> bool:
+    values = (node.meta.get("example_value") for node in module.graph.nodes)
+    return any(isinstance(x, torch.Tensor) and x.device.type == "cuda" for x in values)
 
 
 def _fuse_group(group: list[Any], order: dict[Any, int]) -> None:

@@ -29,6 +29,14 @@ SCHEMAS = {
         "(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor gate_thresholds, "
         "Tensor up_thresholds, Tensor down_thresholds, str activation, Tensor[] biases) -> Tensor"
     ),
+    "fused_linears": (
+        "(Tensor x, Tensor[] norm, float epsilon, Tensor[] weights, Tensor[] thresholds, "
+        "Tensor[] biases, Tensor[] residual) -> Tensor[]"
+    ),
+    "fused_gated_mlp": (
+        "(Tensor x, Tensor[] norm, float epsilon, Tensor[] weights, Tensor[] thresholds, "
+        "str activation, Tensor[] biases, Tensor[] residual) -> Tensor"
+    ),
     "dense_linear": "(Tensor x, Tensor weight, Tensor[] bias) -> Tensor",
     "decode_attention": (
         "(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor"
@@ -162,6 +170,52 @@ def _gated_mlp(
     )
 
 
+def _fused_linears(
+    x: Tensor,
+    norm: list[Tensor],
+    epsilon: float,
+    weights: list[Tensor],
+    thresholds: list[Tensor],
+    biases: list[Tensor],
+    residual: list[Tensor],
+) -> list[Tensor]:
+    found = _unpack(biases, len(weights))
+    first = (_only(norm), epsilon)
+    return reference.fused_linears(x, *first, weights, thresholds, found, _only(residual))
+
+
+def _fused_gated_mlp(
+    x: Tensor,
+    norm: list[Tensor],
+    epsilon: float,
+    weights: list[Tensor],
+    thresholds: list[Tensor],
+    activation: str,
+    biases: list[Tensor],
+    residual: list[Tensor],
+) -> Tensor:
+    rest = (activation, _unpack(biases, 3), _only(residual))
+    return reference.fused_gated_mlp(x, _only(norm), epsilon, weights, thresholds, *rest)
+
+
+def _only(tensors: list[Tensor]) -> Tensor | None:
+    return tensors[0] if tensors else None
+
+
+def _fake_fused_linears(
+    x: Tensor, norm: list[Tensor], epsilon: float, weights: list[Tensor], *rest: object
+) -> list[Tensor]:
+    del norm, epsilon, rest
+    return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
+
+
+def _fake_fused_mlp(
+    x: Tensor, norm: list[Tensor], epsilon: float, weights: list[Tensor], *rest: object
+) -> Tensor:
+    del norm, epsilon, rest
+    return x.new_empty((*x.shape[:-1], weights[2].shape[0]))
+
+
 def _fake_linear(x: Tensor, weight: Tensor, thresholds: Tensor, bias: list[Tensor]) -> Tensor:
     del thresholds, bias
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
@@ -200,6 +254,8 @@ def _define() -> None:
         "sparse_linear": (_linear, _fake_linear),
         "sparse_linears": (_linears, _fake_linears),
         "sparse_gated_mlp": (_gated_mlp, _fake_gated_mlp),
+        "fused_linears": (_fused_linears, _fake_fused_linears),
+        "fused_gated_mlp": (_fused_gated_mlp, _fake_fused_mlp),
         "dense_linear": (_dense, _fake_dense),
         "decode_attention": (reference.decode_attention, _fake_attention),
     }

@@ -73,6 +73,47 @@ def sparse_gated_mlp(
     return sparse_linear(hidden, down, down_thresholds, down_bias)
 
 
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Return RMSNorm of x (..., in_features), rounded as Llama's in Transformers is."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return weight * wide.to(x.dtype)
+
+
+def fused_linears(
+    x: Tensor,
+    norm: Tensor | None,
+    epsilon: float,
+    weights: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    residual: Tensor | None = None,
+) -> list[Tensor]:
+    """Return ``sparse_linears`` of an x that is normed first, the residual added to the first."""
+    x = x if norm is None else rms_norm(x, norm, epsilon)
+    results = sparse_linears(x, weights, thresholds, biases)
+    if residual is not None:
+        results[0] = residual + results[0]
+    return results
+
+
+def fused_gated_mlp(
+    x: Tensor,
+    norm: Tensor | None,
+    epsilon: float,
+    weights: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    activation: str = "silu",
+    biases: Sequence[Tensor | None] | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Return ``sparse_gated_mlp`` of an x that is normed first, with the residual added."""
+    x = x if norm is None else rms_norm(x, norm, epsilon)
+    gate, up, down = weights
+    result = sparse_gated_mlp(x, gate, up, down, *thresholds, activation, *(biases or ()))
+    return result if residual is None else residual + result
+
+
 def decode_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
 ) -> Tensor:

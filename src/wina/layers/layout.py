@@ -18,17 +18,23 @@ from wina.layers.linear import RowsLinear, SparseLayer, matrix, sparse_layers
 def lay_out_for_decode(model: nn.Module) -> None:
     """Store the sparse layers' weights input-major, in place, where a kernel gains by it.
 
-    That is on the CPU, with the compiled kernels. One layer's weight is copied at a time. A dense
-    head decodes with wina's kernel too, in its own layout.
+    That is where compiled kernels run: on the CPU, or on a GPU. One layer's weight is copied at a
+    time. A dense head on the CPU decodes with wina's kernel too, in its own layout.
 
     Args:
         model: sparse.
     """
-    if "cpu" not in available_backends():
+    backends = available_backends()
+    devices = {"cpu"} & set(backends)
+    if "cuda" in backends or "triton" in backends:
+        devices.add("cuda")
+    if not devices:
         return
     for _, layer in sparse_layers(model):
-        if layer.active and layer.keep is None and matrix(layer).device.type == "cpu":
+        if layer.active and layer.keep is None and matrix(layer).device.type in devices:
             _store(layer)
+    if "cpu" not in devices:
+        return
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     if type(head) is nn.Linear and head.weight.device.type == "cpu":

@@ -1,0 +1,105 @@
+"""The CUDA backend: kernels in CUDA C++ for Hopper and later, compiled at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from wina.kernels import reference
+from wina.kernels.cuda import rows
+from wina.kernels.cuda.attention import decode_attention
+from wina.kernels.cuda.gate import gate
+from wina.kernels.cuda.table import config_for, most_tokens
+
+__all__ = ["decode_attention", "gated_mlp", "linears", "load"]
+
+CAPABILITY = (9, 0)  # clusters of blocks, and launches that overlap
+
+
+@cache
+def load() -> str | None:
+    """Return None, or why the kernels cannot run here; they are registered by wina.kernels.gpu."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    found = torch.cuda.get_device_capability()
+    if found < CAPABILITY or torch.version.cuda is None:
+        return f"it needs compute capability 9.0 (Hopper) or later; the device's is {found}"
+    try:
+        from cuda.bindings import driver, nvrtc  # noqa: F401
+    except ImportError:
+        return "cuda-bindings is not installed (extra gpu)"
+    return None
+
+
+def linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    norm: Tensor | None = None,
+    epsilon: float = 0.0,
+    residual: Tensor | None = None,
+) -> list[Tensor]:
+    """Return ``reference.fused_linears``."""
+    if _few(x, weights, thresholds):
+        config = config_for(x, [weight.shape[0] for weight in weights], gated=False)
+        return rows.rows(
+            x, weights, thresholds, biases, config, norm=norm, epsilon=epsilon, residual=residual
+        )
+    if norm is not None:
+        x = reference.rms_norm(x, norm, epsilon)
+    results = [
+        functional.linear(kept, weight, bias)
+        for kept, weight, bias in zip(_gate(x, thresholds), weights, biases, strict=True)
+    ]
+    if residual is not None:
+        results[0] = residual + results[0]
+    return results
+
+
+def gated_mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    activation: str,
+    biases: Sequence[Tensor | None],
+    norm: Tensor | None = None,
+    epsilon: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Return ``reference.fused_gated_mlp``: gate and up in one launch, down in another."""
+    gate_and_up, vectors = weights[:2], thresholds[:2]
+    if _few(x, gate_and_up, vectors) and weights[0].shape == weights[1].shape:
+        config = config_for(x, [weights[0].shape[0]], gated=True)
+        (hidden,) = rows.rows(
+            x,
+            gate_and_up,
+            vectors,
+            biases[:2],
+            config,
+            activation=activation,
+            norm=norm,
+            epsilon=epsilon,
+        )
+    else:
+        found = linears(x, gate_and_up, vectors, biases[:2], norm, epsilon)
+        hidden = reference.ACTIVATIONS[activation](found[0]) * found[1]
+    return linears(hidden, weights[2:], thresholds[2:], biases[2:], residual=residual)[0]
+
+
+def _few(x: Tensor, weights: Sequence[Tensor], thresholds: Sequence[Tensor]) -> bool:
+    return (
+        len(weights) <= rows.MOST
+        and rows.fits(x, weights, thresholds)
+        and x.numel() <= most_tokens(x, weights) * x.shape[-1]
+    )
+
+
+def _gate(x: Tensor, thresholds: Sequence[Tensor]) -> list[Tensor]:
+    if len(thresholds) > rows.MOST:
+        return [reference.drop(x, vector) for vector in thresholds]
+    return gate(x, thresholds)

@@ -68,8 +68,10 @@ class _Arguments(ctypes.Structure):
     )
 
 
-def fits(x: Tensor, weights: Sequence[Tensor]) -> bool:
+def fits(x: Tensor, weights: Sequence[Tensor], thresholds: Sequence[Tensor]) -> bool:
     """Return whether the kernel can compute W drop(x): few tokens, input-major rows of 16 bytes."""
+    if any(vector.data_ptr() % 16 or not vector.is_contiguous() for vector in thresholds):
+        return False
     if x.dtype not in ELEMENTS or not x.numel() or x.numel() > TOKENS[-1] * x.shape[-1]:
         return False
     width = 16 // x.element_size()
@@ -80,6 +82,7 @@ def fits(x: Tensor, weights: Sequence[Tensor]) -> bool:
         and weight.shape[0] % width == 0
         and weight.stride(1) * x.element_size() < 1 << 31
         and weight.data_ptr() % 16 == 0
+        and weight.numel() > 0
         for weight in weights
     )
 

@@ -1,0 +1,162 @@
+"""Take a traced model's RMSNorms and residual sums into the sparse operators beside them.
+
+On a GPU each kernel of a decode step costs microseconds, whatever it does. A norm whose result
+only sparse projections read, and a sum whose one side is a sparse projection, cost nothing inside
+that projection's own kernel. As in wina.kernels.fusion, it is read off what the graph computes.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+OPS = torch.ops.wina
+ADD = (operator.add, torch.add)
+MULTIPLY = (operator.mul, torch.mul)
+
+
+def absorb(module: GraphModule) -> None:
+    """Replace in place what wina.kernels.fusion left by the operators with norm and residual."""
+    for node in list(module.graph.nodes):  # what the fusion's rewriting left without a reader
+        if node.target == "new_empty" and not node.users:
+            module.graph.erase_node(node)
+    for node in list(module.graph.nodes):
+        if node.target in (OPS.sparse_linear, OPS.sparse_linear.default):
+            _take(node, list(node.args[1:2]), list(node.args[2:3]), node.args[3], single=True)
+        elif node.target in (OPS.sparse_linears, OPS.sparse_linears.default):
+            _take(node, *node.args[1:4], single=False)
+        elif node.target in (OPS.sparse_gated_mlp, OPS.sparse_gated_mlp.default):
+            _take_mlp(node)
+
+
+def _take(node: Any, weights: Any, thresholds: Any, biases: Any, *, single: bool) -> None:
+    norm = _norm(node)
+    add, residual = _sum(node) if single else (None, None)
+    if norm is None and add is None:
+        return
+    x, weight, epsilon, chain = norm or (node.args[0], None, 0.0, [])
+    graph = node.graph
+    with graph.inserting_before(node):
+        arguments = (x, _list(weight), epsilon, weights, thresholds, biases, _list(residual))
+        call = graph.call_function(OPS.fused_linears, arguments)
+        result = graph.call_function(operator.getitem, (call, 0)) if single else call
+    _replace(node, result, add, chain)
+
+
+def _take_mlp(node: Any) -> None:
+    norm = _norm(node)
+    add, residual = _sum(node)
+    x, weight, epsilon, chain = norm or (node.args[0], None, 0.0, [])
+    graph = node.graph
+    with graph.inserting_before(node):
+        arguments = (
+            x,
+            _list(weight),
+            epsilon,
+            list(node.args[1:4]),
+            list(node.args[4:7]),
+            node.args[7],
+            node.args[8],
+            _list(residual),
+        )
+        call = graph.call_function(OPS.fused_gated_mlp, arguments)
+    _replace(node, call, add, chain)
+
+
+def _replace(node: Any, result: Any, add: Any, chain: list[Any]) -> None:
+    result.meta = dict((node if add is None else add).meta)
+    if add is not None:
+        add.replace_all_uses_with(result)
+        node.graph.erase_node(add)
+    else:
+        node.replace_all_uses_with(result)
+    node.graph.erase_node(node)
+    for member in chain:
+        if not member.users:
+            node.graph.erase_node(member)
+
+
+def _sum(node: Any) -> tuple[Any, Any]:
+    """Return the sum that alone reads ``node``, and its other side, known before; or nothing."""
+    if len(node.users) != 1:
+        return None, None
+    add = next(iter(node.users))
+    if add.target not in ADD or len(add.args) != 2 or add.kwargs:
+        return None, None
+    other = add.args[1] if add.args[0] is node else add.args[0]
+    if not isinstance(other, Node) or other is node or not _same_shape(other, node, add):
+        return None, None
+    for earlier in node.graph.nodes:
+        if earlier is other:
+            return add, other
+        if earlier is node:
+            return None, None
+    return None, None
+
+
+def _same_shape(other: Any, node: Any, add: Any) -> bool:
+    a, b = (x.meta.get("example_value") for x in (other, add))
+    if a is None or b is None:
+        return False
+    return bool(a.shape == b.shape and a.dtype == b.dtype)
+
+
+def _norm(node: Any) -> tuple[Any, Any, float, list[Any]] | None:
+    """Return x, weight, epsilon and the nodes of the RMSNorm that alone feeds ``node``.
+
+    The form is weight * (x32 * rsqrt(mean(x32^2) + epsilon)).to(dtype), with x32 = x in float32.
+    """
+    scaled = node.args[0]
+    if not isinstance(scaled, Node) or len(scaled.users) != 1 or scaled.target not in MULTIPLY:
+        return None
+    for weight, cast in (scaled.args, scaled.args[::-1]):
+        found = _normed(cast)
+        if found is None or not isinstance(weight, Node):
+            continue
+        value = weight.meta.get("example_value")
+        x = found[0].meta.get("example_value")
+        if value is None or x is None or value.ndim != 1 or value.dtype != x.dtype:
+            continue
+        return found[0], weight, found[1], [scaled, *found[2]]
+    return None
+
+
+def _normed(cast: Any) -> tuple[Any, float, list[Any]] | None:
+    if not _method(cast, "to") or len(cast.users) != 1:
+        return None
+    product = cast.args[0]
+    if not isinstance(product, Node) or product.target not in MULTIPLY:
+        return None
+    for wide, root in (product.args, product.args[::-1]):
+        if not isinstance(root, Node) or root.target is not torch.rsqrt:
+            continue
+        total = root.args[0]
+        if not isinstance(total, Node) or total.target not in ADD:
+            continue
+        mean, epsilon = total.args
+        square = mean.args[0] if _method(mean, "mean") else None
+        if not _method(square, "pow") or square.args != (wide, 2):
+            continue
+        if mean.args[1:] != (-1,) or mean.kwargs != {"keepdim": True}:
+            continue
+        if not isinstance(epsilon, float) or not _method(wide, "to"):
+            continue
+        x, dtype = wide.args[0], wide.args[1:]
+        seen = (x.meta.get("example_value"), cast.meta.get("example_value"))
+        if dtype != (torch.float32,) or any(value is None for value in seen):
+            continue
+        if seen[0].dtype != seen[1].dtype:
+            continue
+        return x, epsilon, [cast, product, root, total, mean, square, wide]
+    return None
+
+
+def _method(node: Any, name: str) -> bool:
+    return isinstance(node, Node) and node.op == "call_method" and node.target == name
+
+
+def _list(node: Any) -> list[Any]:
+    return [] if node is None else [node]

@@ -1,0 +1,124 @@
+"""The operators on CUDA devices: whichever GPU backend can run there, else the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wina.kernels import backends, cuda, reference, triton
+
+CUDA, TRITON = "cuda", "triton"
+
+
+def fused_linears(
+    x: Tensor,
+    norm: list[Tensor],
+    epsilon: float,
+    weights: list[Tensor],
+    thresholds: list[Tensor],
+    biases: list[Tensor],
+    residual: list[Tensor],
+) -> list[Tensor]:
+    """Return ``reference.fused_linears``."""
+    arguments = (x, weights, thresholds, _unpack(biases, len(weights)))
+    return _backend().linears(*arguments, _first(norm), epsilon, _first(residual))
+
+
+def fused_gated_mlp(
+    x: Tensor,
+    norm: list[Tensor],
+    epsilon: float,
+    weights: list[Tensor],
+    thresholds: list[Tensor],
+    activation: str,
+    biases: list[Tensor],
+    residual: list[Tensor],
+) -> Tensor:
+    """Return ``reference.fused_gated_mlp``."""
+    arguments = (x, weights, thresholds, activation, _unpack(biases, 3))
+    return _backend().gated_mlp(*arguments, _first(norm), epsilon, _first(residual))
+
+
+def sparse_linear(x: Tensor, weight: Tensor, thresholds: Tensor, bias: list[Tensor]) -> Tensor:
+    """Return ``reference.sparse_linear``."""
+    return _backend().linears(x, [weight], [thresholds], _unpack(bias, 1))[0]
+
+
+def sparse_linears(
+    x: Tensor, weights: list[Tensor], thresholds: list[Tensor], biases: list[Tensor]
+) -> list[Tensor]:
+    """Return ``reference.sparse_linears``."""
+    return _backend().linears(x, weights, thresholds, _unpack(biases, len(weights)))
+
+
+def sparse_gated_mlp(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate_thresholds: Tensor,
+    up_thresholds: Tensor,
+    down_thresholds: Tensor,
+    activation: str,
+    biases: list[Tensor],
+) -> Tensor:
+    """Return ``reference.sparse_gated_mlp``."""
+    thresholds = [gate_thresholds, up_thresholds, down_thresholds]
+    return _backend().gated_mlp(x, [gate, up, down], thresholds, activation, _unpack(biases, 3))
+
+
+def decode_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
+) -> Tensor:
+    """Return ``reference.decode_attention``."""
+    return _backend().decode_attention(query, key, value, mask, scale)
+
+
+@cache
+def register() -> None:
+    """Give torch the implementations for CUDA tensors."""
+    implementations: dict[str, Callable[..., Any]] = {
+        "fused_linears": fused_linears,
+        "fused_gated_mlp": fused_gated_mlp,
+        "sparse_linear": sparse_linear,
+        "sparse_linears": sparse_linears,
+        "sparse_gated_mlp": sparse_gated_mlp,
+        "decode_attention": decode_attention,
+    }
+    for name, implementation in implementations.items():
+        torch.library.impl(f"wina::{name}", "CUDA", implementation)
+
+
+def load_cuda() -> str | None:
+    """Register the CUDA kernels; return None, or why they cannot run here."""
+    reason = cuda.load()
+    if reason is None:
+        register()
+    return reason
+
+
+def load_triton() -> str | None:
+    """Register the Triton kernels; return None, or why they cannot run here."""
+    reason = triton.load()
+    if reason is None:
+        register()
+    return reason
+
+
+def _backend() -> Any:
+    forced = backends.active_backend()
+    if forced == TRITON or (forced == backends.AUTO and backends.unavailable(CUDA) is not None):
+        return triton
+    return cuda
+
+
+def _unpack(biases: Sequence[Tensor], count: int) -> list[Tensor | None]:
+    return [bias if bias.numel() else None for bias in biases] or [None] * count
+
+
+def _first(tensors: Sequence[Tensor]) -> Tensor | None:
+    return tensors[0] if tensors else None

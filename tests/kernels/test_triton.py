@@ -1,0 +1,56 @@
+"""The Triton kernel through Triton's interpreter, on the CPU, against the reference."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from wina.kernels import reference
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None,
+    reason="needs triton and TRITON_INTERPRET=1",
+)
+
+
+def case(tokens: int, inputs: int, outputs: int, dtype: torch.dtype, level: float) -> tuple:
+    torch.manual_seed(tokens + inputs + outputs)
+    x = torch.randn(tokens, inputs).to(dtype)
+    weight = (torch.randn(inputs, outputs) / inputs**0.5).to(dtype).t()
+    return x, weight, level * torch.rand(inputs), torch.randn(outputs).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(1, 40, 24), (3, 33, 130), (8, 7, 5)])
+def test_rows(dtype: torch.dtype, tokens: int, inputs: int, outputs: int) -> None:
+    from wina.kernels.triton.rows import rows
+
+    x, weight, thresholds, bias = case(tokens, inputs, outputs, dtype, 2.0)
+    wanted = reference.sparse_linear(*(t.double() for t in (x, weight, thresholds, bias)))
+    tolerance = 1e-5 if dtype == torch.float32 else 1.6e-2
+    found = rows(x, weight, thresholds, bias)
+    assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)
+    assert torch.equal(found, rows(x, weight, thresholds, bias))
+
+
+@pytest.mark.parametrize("level", [0.0, float("inf")])
+def test_rows_all_and_none(level: float) -> None:
+    from wina.kernels.triton.rows import rows
+
+    x, weight, _, _ = case(2, 20, 16, torch.float32, 0.0)
+    thresholds = torch.full((20,), level)
+    assert_close(rows(x, weight, thresholds, None), reference.sparse_linear(x, weight, thresholds))
+
+
+def test_a_live_nan_is_seen_and_a_dropped_inf_is_not() -> None:
+    from wina.kernels.triton.rows import rows
+
+    x, weight, thresholds, _ = case(1, 20, 16, torch.float32, 1.0)
+    x[0, 3] = float("nan")
+    assert rows(x, weight, thresholds, None).isnan().all()
+    x[0, 3] = float("-inf")
+    assert rows(x, weight, torch.full((20,), float("inf")), None).isinf().all()
