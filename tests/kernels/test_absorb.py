@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.helpers import make_model, make_plan
 from torch.fx import GraphModule
 from torch.testing import assert_close
 
 import wina
-from tests.helpers import make_model, make_plan
 from wina.kernels.absorb import absorb
 from wina.kernels.fusion import fuse
 from wina.layers import phase_of

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wina.kernels import backends, cuda, reference, triton
+from wina.kernels import backends, cuda, triton
 
 CUDA, TRITON = "cuda", "triton"
 

@@ -99,10 +99,10 @@ __device__ __forceinline__ Vector load_stream(const void* address, u64 policy) {
   return v;
 }
 
-// Not .nc: the kernel before may still be writing x when this one starts.
+// Past the first-level cache: the kernel before may still be writing when this one starts.
 __device__ __forceinline__ Vector load_fresh(const void* address) {
   Vector v;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
                : "l"(address)
                : "memory");

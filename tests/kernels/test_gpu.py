@@ -1,0 +1,183 @@
+"""The GPU kernels against the reference; on a CUDA device only: pytest -m gpu."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from wina.kernels import available_backends, decode_attention, reference, use_backend
+
+pytestmark = pytest.mark.gpu
+
+GPU = [name for name in ("cuda", "triton") if name in available_backends()]
+TOLERANCE = {
+    torch.float32: {"rtol": 2e-5, "atol": 2e-5},
+    torch.float16: {"rtol": 4e-3, "atol": 4e-3},
+    torch.bfloat16: {"rtol": 3.2e-2, "atol": 3.2e-2},
+}
+SHAPES = [(8, 8), (64, 40), (576, 1536), (1536, 576), (4096, 1032), (14336, 512), (264, 4104)]
+
+
+@pytest.fixture(params=GPU)
+def backend(request: pytest.FixtureRequest) -> str:
+    with use_backend(request.param):
+        yield request.param
+
+
+def weight(inputs: int, outputs: int, dtype: torch.dtype) -> Tensor:
+    made = torch.randn(inputs, outputs, device="cuda") / max(inputs, 1) ** 0.5
+    return made.to(dtype).t()
+
+
+def wide(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.double() for t in tensors]
+
+
+def pack(x: Tensor, biases: list[Tensor | None]) -> list[Tensor]:
+    return [x.new_empty(0) if bias is None else bias for bias in biases]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 9, 33])
+def test_linear(backend: str, tokens: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(tokens * inputs + outputs)
+    x = torch.randn(tokens, inputs, device="cuda").to(dtype)
+    w, bias = weight(inputs, outputs, dtype), torch.randn(outputs, device="cuda").to(dtype)
+    for level in (0.0, 1.3, float("inf")):
+        t = torch.full((inputs,), level, device="cuda")
+        if level == 1.3:
+            t *= torch.rand_like(t)
+        found = torch.ops.wina.sparse_linear(x, w, t, [bias])
+        wanted = reference.sparse_linear(*wide(x, w, t, bias)).to(dtype)
+        assert_close(found, wanted, **TOLERANCE[dtype])
+        assert torch.equal(found, torch.ops.wina.sparse_linear(x, w, t, [bias]))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("outputs", [[64], [576, 192, 192], [40, 1032], [4096, 1024, 1024]])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 20])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+def test_fused_linears(
+    backend: str, tokens: int, outputs: list[int], normed: bool, added: bool, dtype: torch.dtype
+) -> None:
+    inputs = 576 if outputs[0] < 4096 else 4096
+    torch.manual_seed(tokens + sum(outputs))
+    x = 3 * torch.randn(1, tokens, inputs, device="cuda").to(dtype)
+    weights = [weight(inputs, n, dtype) for n in outputs]
+    thresholds = [torch.rand(inputs, device="cuda") * (1 + i) for i in range(len(outputs))]
+    biases = [torch.randn(n, device="cuda").to(dtype) if n != 192 else None for n in outputs]
+    norm = [1 + torch.rand(inputs, device="cuda").to(dtype)] if normed else []
+    residual = [torch.randn(1, tokens, outputs[0], device="cuda").to(dtype)] if added else []
+    arguments = (x, norm, 1e-5, weights, thresholds)
+    found = torch.ops.wina.fused_linears(*arguments, pack(x, biases), residual)
+    # The norm in the dtype itself: its rounding decides which channels are live.
+    before = reference.rms_norm(x, norm[0], 1e-5) if normed else x
+    wanted = [
+        reference.sparse_linear(*wide(before, w, t, b)).to(dtype)
+        for w, t, b in zip(weights, thresholds, biases, strict=True)
+    ]
+    if added:
+        wanted[0] = wanted[0] + residual[0]
+    for one, other in zip(found, wanted, strict=True):
+        # A sum in another order can round the norm's factor otherwise: a channel may flip.
+        wrong = (one - other).float().abs() > 4 * TOLERANCE[dtype]["atol"] * (1 + other.abs())
+        assert wrong.float().mean() <= (0.02 if normed else 0.0)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("activation", sorted(reference.ACTIVATIONS))
+@pytest.mark.parametrize("tokens", [1, 2, 4, 8, 20])
+@pytest.mark.parametrize("shape", [(64, 48), (576, 1536), (4096, 14336)], ids=str)
+def test_gated_mlp(
+    backend: str, tokens: int, activation: str, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    inputs, inner = shape
+    torch.manual_seed(tokens + inner)
+    x = torch.randn(tokens, inputs, device="cuda").to(dtype)
+    weights = [weight(inputs, inner, dtype), weight(inputs, inner, dtype)]
+    weights.append(weight(inner, inputs, dtype))
+    thresholds = [torch.rand(n, device="cuda") * s for n, s in ((inputs, 1), (inputs, 2))]
+    residual = torch.randn(tokens, inputs, device="cuda").to(dtype)
+    # The last gate reads what the first two computed, where rounding may flip channels.
+    for last in (0.0, 0.2):
+        t = [*thresholds, torch.full((inner,), last, device="cuda")]
+        found = torch.ops.wina.fused_gated_mlp(x, [], 0.0, weights, t, activation, [], [residual])
+        wanted = reference.fused_gated_mlp(x, None, 0.0, weights, t, activation, None, residual)
+        error = (found - wanted).float().norm() / (wanted - residual).float().norm()
+        assert error < (1e-5 if dtype == torch.float32 else 2e-2) + (1e-2 if last else 0)
+
+
+def test_masks_equal_the_references(backend: str) -> None:
+    # With W = 1 the output is the masked input itself.
+    x = torch.randn(1, 512, device="cuda").bfloat16()
+    x[0, 5], x[0, 6], x[0, 7] = float("nan"), float("inf"), -0.0
+    t = x[0].float().abs().nan_to_num(1.0).roll(1)
+    t[::3] = x[0].float().abs()[::3].nan_to_num(1.0)  # exactly at the threshold: kept
+    eye = torch.eye(512, device="cuda").bfloat16()
+    clean = torch.where(x.isfinite(), x, 2.0)
+    found = torch.ops.wina.sparse_linear(clean, eye.t(), t, [])
+    assert torch.equal(found, reference.drop(clean, t))
+    assert torch.ops.wina.sparse_linear(x, eye.t(), torch.zeros_like(t), []).isnan().any()
+    assert not torch.ops.wina.sparse_linear(x, eye.t(), t.new_full((512,), 1e30), [])[0, :5].any()
+
+
+def test_layouts_that_kernels_cannot_skip(backend: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 30, device="cuda").t()[:, :2].t()  # not contiguous
+    t = torch.rand(30, device="cuda")
+    for w in (weight(30, 17, torch.float32), torch.randn(17, 30, device="cuda")):
+        found = torch.ops.wina.sparse_linear(x, w, t, [])
+        assert_close(found, reference.sparse_linear(x, w, t), rtol=1e-4, atol=1e-4)
+    empty = torch.ops.wina.sparse_linear(x[:0], w, t, [])
+    assert empty.shape == (0, 17)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("heads", [(4, 4, 64), (9, 3, 64), (32, 8, 128), (28, 4, 128), (4, 1, 256)])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("positions", "filled"), [(256, 1), (256, 200), (1024, 777), (8448, 8192)])
+def test_attention(
+    backend: str,
+    heads: tuple[int, int, int],
+    batch: int,
+    positions: int,
+    filled: int,
+    dtype: torch.dtype,
+) -> None:
+    count, shared, size = heads
+    torch.manual_seed(positions + filled)
+    query = torch.randn(batch, 1, count, size, device="cuda").to(dtype).transpose(1, 2)
+    key, value = (
+        torch.randn(batch, shared, positions, size, device="cuda").to(dtype) for _ in range(2)
+    )
+    mask = (torch.arange(positions, device="cuda") < filled)[None, None, None]
+    if positions == 1024:
+        mask = mask & (torch.rand(batch, 1, 1, positions, device="cuda") > 0.3)
+    found = decode_attention(query, key, value, mask, size**-0.5)
+    wanted = reference.decode_attention(*wide(query, key, value), mask, size**-0.5)
+    assert_close(found.double(), wanted, rtol=2e-2, atol=2e-2 if dtype != torch.float32 else 1e-4)
+
+
+def test_opcheck_and_capture(backend: str) -> None:
+    x = torch.randn(1, 64, device="cuda").bfloat16()
+    w, t = weight(64, 48, torch.bfloat16), torch.rand(64, device="cuda")
+    torch.library.opcheck(torch.ops.wina.sparse_linear.default, (x, w, t, []))
+    arguments = (x, [x[0].clone()], 1e-5, [w, w], [t, t], [], [])
+    torch.library.opcheck(torch.ops.wina.fused_linears.default, arguments)
+    torch.ops.wina.sparse_linear(x, w, t, [])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = torch.ops.wina.sparse_linear(x, w, t, [])
+        z = torch.ops.wina.sparse_linear(y, w[:, :48], t[:48].contiguous(), [])
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        first = torch.ops.wina.sparse_linear(x, w, t, [])
+        assert torch.equal(y, first)
+        again = torch.ops.wina.sparse_linear(first, w[:, :48], t[:48].contiguous(), [])
+        assert torch.equal(z, again)
