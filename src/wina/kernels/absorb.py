@@ -18,6 +18,9 @@ ADD = (operator.add, torch.add)
 MULTIPLY = (operator.mul, torch.mul)
 
 
+# Nodes are typed Any below: torch types their arguments as anything.
+
+
 def absorb(module: GraphModule) -> None:
     """Replace in place what wina.kernels.fusion left by the operators with norm and residual."""
     for node in list(module.graph.nodes):  # what the fusion's rewriting left without a reader
@@ -87,7 +90,7 @@ def _sum(node: Any) -> tuple[Any, Any]:
     if add.target not in ADD or len(add.args) != 2 or add.kwargs:
         return None, None
     other = add.args[1] if add.args[0] is node else add.args[0]
-    if not isinstance(other, Node) or other is node or not _same_shape(other, node, add):
+    if not _is_node(other) or other is node or not _same_shape(other, add):
         return None, None
     for earlier in node.graph.nodes:
         if earlier is other:
@@ -97,7 +100,7 @@ def _sum(node: Any) -> tuple[Any, Any]:
     return None, None
 
 
-def _same_shape(other: Any, node: Any, add: Any) -> bool:
+def _same_shape(other: Any, add: Any) -> bool:
     a, b = (x.meta.get("example_value") for x in (other, add))
     if a is None or b is None:
         return False
@@ -110,11 +113,11 @@ def _norm(node: Any) -> tuple[Any, Any, float, list[Any]] | None:
     The form is weight * (x32 * rsqrt(mean(x32^2) + epsilon)).to(dtype), with x32 = x in float32.
     """
     scaled = node.args[0]
-    if not isinstance(scaled, Node) or len(scaled.users) != 1 or scaled.target not in MULTIPLY:
+    if not _is_node(scaled) or len(scaled.users) != 1 or scaled.target not in MULTIPLY:
         return None
     for weight, cast in (scaled.args, scaled.args[::-1]):
         found = _normed(cast)
-        if found is None or not isinstance(weight, Node):
+        if found is None or not _is_node(weight):
             continue
         value = weight.meta.get("example_value")
         x = found[0].meta.get("example_value")
@@ -128,13 +131,13 @@ def _normed(cast: Any) -> tuple[Any, float, list[Any]] | None:
     if not _method(cast, "to") or len(cast.users) != 1:
         return None
     product = cast.args[0]
-    if not isinstance(product, Node) or product.target not in MULTIPLY:
+    if not _is_node(product) or product.target not in MULTIPLY:
         return None
     for wide, root in (product.args, product.args[::-1]):
-        if not isinstance(root, Node) or root.target is not torch.rsqrt:
+        if not _is_node(root) or root.target is not torch.rsqrt:
             continue
         total = root.args[0]
-        if not isinstance(total, Node) or total.target not in ADD:
+        if not _is_node(total) or total.target not in ADD:
             continue
         mean, epsilon = total.args
         square = mean.args[0] if _method(mean, "mean") else None
@@ -145,17 +148,21 @@ def _normed(cast: Any) -> tuple[Any, float, list[Any]] | None:
         if not isinstance(epsilon, float) or not _method(wide, "to"):
             continue
         x, dtype = wide.args[0], wide.args[1:]
-        seen = (x.meta.get("example_value"), cast.meta.get("example_value"))
-        if dtype != (torch.float32,) or any(value is None for value in seen):
+        before, after = (node.meta.get("example_value") for node in (x, cast))
+        if dtype != (torch.float32,) or before is None or after is None:
             continue
-        if seen[0].dtype != seen[1].dtype:
+        if before.dtype != after.dtype:
             continue
         return x, epsilon, [cast, product, root, total, mean, square, wide]
     return None
 
 
 def _method(node: Any, name: str) -> bool:
-    return isinstance(node, Node) and node.op == "call_method" and node.target == name
+    return _is_node(node) and node.op == "call_method" and node.target == name
+
+
+def _is_node(node: Any) -> bool:
+    return isinstance(node, Node)
 
 
 def _list(node: Any) -> list[Any]:

@@ -25,7 +25,8 @@ def fused_linears(
 ) -> list[Tensor]:
     """Return ``reference.fused_linears``."""
     arguments = (x, weights, thresholds, _unpack(biases, len(weights)))
-    return _backend().linears(*arguments, _first(norm), epsilon, _first(residual))
+    results: list[Tensor] = _backend().linears(*arguments, _first(norm), epsilon, _first(residual))
+    return results
 
 
 def fused_gated_mlp(
@@ -40,19 +41,23 @@ def fused_gated_mlp(
 ) -> Tensor:
     """Return ``reference.fused_gated_mlp``."""
     arguments = (x, weights, thresholds, activation, _unpack(biases, 3))
-    return _backend().gated_mlp(*arguments, _first(norm), epsilon, _first(residual))
+    result: Tensor = _backend().gated_mlp(*arguments, _first(norm), epsilon, _first(residual))
+    return result
 
 
 def sparse_linear(x: Tensor, weight: Tensor, thresholds: Tensor, bias: list[Tensor]) -> Tensor:
     """Return ``reference.sparse_linear``."""
-    return _backend().linears(x, [weight], [thresholds], _unpack(bias, 1))[0]
+    result: Tensor = _backend().linears(x, [weight], [thresholds], _unpack(bias, 1))[0]
+    return result
 
 
 def sparse_linears(
     x: Tensor, weights: list[Tensor], thresholds: list[Tensor], biases: list[Tensor]
 ) -> list[Tensor]:
     """Return ``reference.sparse_linears``."""
-    return _backend().linears(x, weights, thresholds, _unpack(biases, len(weights)))
+    found = _unpack(biases, len(weights))
+    results: list[Tensor] = _backend().linears(x, weights, thresholds, found)
+    return results
 
 
 def sparse_gated_mlp(
@@ -68,14 +73,17 @@ def sparse_gated_mlp(
 ) -> Tensor:
     """Return ``reference.sparse_gated_mlp``."""
     thresholds = [gate_thresholds, up_thresholds, down_thresholds]
-    return _backend().gated_mlp(x, [gate, up, down], thresholds, activation, _unpack(biases, 3))
+    arguments = (x, [gate, up, down], thresholds, activation, _unpack(biases, 3))
+    result: Tensor = _backend().gated_mlp(*arguments)
+    return result
 
 
 def decode_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
 ) -> Tensor:
     """Return ``reference.decode_attention``."""
-    return _backend().decode_attention(query, key, value, mask, scale)
+    result: Tensor = _backend().decode_attention(query, key, value, mask, scale)
+    return result
 
 
 @cache

@@ -45,7 +45,7 @@ def linears(
     residual: Tensor | None = None,
 ) -> list[Tensor]:
     """Return ``reference.fused_linears``."""
-    if _few(x, weights, thresholds):
+    if _few(x, weights, thresholds, gated=False):
         config = config_for(x, [weight.shape[0] for weight in weights], gated=False)
         return rows.rows(
             x, weights, thresholds, biases, config, norm=norm, epsilon=epsilon, residual=residual
@@ -73,7 +73,7 @@ def gated_mlp(
 ) -> Tensor:
     """Return ``reference.fused_gated_mlp``: gate and up in one launch, down in another."""
     gate_and_up, vectors = weights[:2], thresholds[:2]
-    if _few(x, gate_and_up, vectors) and weights[0].shape == weights[1].shape:
+    if _few(x, gate_and_up, vectors, gated=True) and weights[0].shape == weights[1].shape:
         config = config_for(x, [weights[0].shape[0]], gated=True)
         (hidden,) = rows.rows(
             x,
@@ -91,11 +91,13 @@ def gated_mlp(
     return linears(hidden, weights[2:], thresholds[2:], biases[2:], residual=residual)[0]
 
 
-def _few(x: Tensor, weights: Sequence[Tensor], thresholds: Sequence[Tensor]) -> bool:
+def _few(
+    x: Tensor, weights: Sequence[Tensor], thresholds: Sequence[Tensor], *, gated: bool
+) -> bool:
     return (
         len(weights) <= rows.MOST
         and rows.fits(x, weights, thresholds)
-        and x.numel() <= most_tokens(x, weights) * x.shape[-1]
+        and x.numel() <= most_tokens(x, gated) * x.shape[-1]
     )
 
 

@@ -69,13 +69,16 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       const int position = start + (UNROLL + u) * STEP;
       seen[u] = position < a.positions ? mask[position] : 0;
     }
-    if (!__any_sync(0xffffffffu, any)) continue;
+    // The first keys are fetched together with their mask, not after it.
+    const bool first = start == rank * SLOTS + slot;
+    if (!first && !__any_sync(0xffffffffu, any)) continue;
     Vector key[UNROLL], value[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       const long long position = start + u * STEP;
-      key[u] = now[u] ? load_fresh(keys + position * a.key_position) : Vector{{0, 0, 0, 0}};
-      value[u] = now[u] ? load_fresh(values + position * a.value_position) : Vector{{0, 0, 0, 0}};
+      const bool wanted = first ? position < a.positions : now[u];
+      key[u] = wanted ? load_fresh(keys + position * a.key_position) : Vector{{0, 0, 0, 0}};
+      value[u] = wanted ? load_fresh(values + position * a.value_position) : Vector{{0, 0, 0, 0}};
     }
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {

@@ -76,8 +76,6 @@ def decode_attention(
     cluster = 8
     while cluster > 1 and (batch * shared * cluster > 2 * BLOCKS or slots * cluster > positions):
         cluster //= 2
-    if batch * shared * 16 <= BLOCKS and positions >= 32 * slots:
-        cluster = 16
     macros = {
         "ELEMENT": ELEMENTS[query.dtype],
         "SIZE": size,

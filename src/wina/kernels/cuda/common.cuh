@@ -109,6 +109,16 @@ __device__ __forceinline__ Vector load_fresh(const void* address) {
   return v;
 }
 
+__device__ __forceinline__ element load_one(const element* address) {
+  element value;
+#if ELEMENT == 0
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(address) : "memory");
+#else
+  asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(value) : "l"(address) : "memory");
+#endif
+  return value;
+}
+
 // Programmatic dependent launch: this kernel may start before the one before it has ended.
 __device__ __forceinline__ void wait_for_inputs() {
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -20,7 +20,6 @@ from wina.files import cache_dir, replacing
 
 SOURCES = Path(__file__).parent
 SHARED = "common.cuh"
-PORTABLE = 8  # blocks of a cluster that every device allows
 
 
 class Kernel:
@@ -48,11 +47,6 @@ class Kernel:
         overlap.value.programmaticStreamSerializationAllowed = 1
         attributes = [overlap]
         if cluster > 1:
-            if cluster > PORTABLE:
-                larger = (
-                    driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
-                )
-                _check(driver.cuFuncSetAttribute(function, larger, 1))
             size = driver.CUlaunchAttribute()
             size.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
             size.value.clusterDim.x = cluster

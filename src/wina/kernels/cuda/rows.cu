@@ -277,25 +277,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
   }
 
-  // The groups' sums, one list and token at a time.
+  // The groups' sums, one list and token at a time; those of one warp without shared memory.
+  constexpr bool FOLD = LANES < 32 && (LANES & (LANES - 1)) == 0 && LANES * GROUPS == THREADS;
+  constexpr int SUMS = FOLD ? WARPS : GROUPS;
+  const int row = FOLD ? warp : group;
 #pragma unroll
   for (int list = 0; list < LISTS; ++list) {
 #pragma unroll
     for (int token = 0; token < TOKENS; ++token) {
+      float(&sum)[WIDTH] = sums[list][token];
+      if (FOLD) {
+#pragma unroll
+        for (int step = LANES; step < 32; step *= 2)
+#pragma unroll
+          for (int i = 0; i < WIDTH; ++i) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], step);
+      }
       __syncthreads();
-      if (group < GROUPS) {
-        float4* to = reinterpret_cast<float4*>(meet + group * COLUMNS + thread % LANES * WIDTH);
+      if (FOLD ? lane < LANES : group < GROUPS) {
+        float4* to = reinterpret_cast<float4*>(meet + row * COLUMNS + thread % LANES * WIDTH);
 #pragma unroll
         for (int i = 0; i < WIDTH / 4; ++i)
-          to[i] = make_float4(sums[list][token][4 * i], sums[list][token][4 * i + 1],
-                              sums[list][token][4 * i + 2], sums[list][token][4 * i + 3]);
+          to[i] = make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]);
       }
       __syncthreads();
       for (int c = thread; c < COLUMNS; c += THREADS) {
-        float sum = 0.0f;
+        float all = 0.0f;
 #pragma unroll
-        for (int g = 0; g < GROUPS; ++g) sum += meet[g * COLUMNS + c];
-        parts[list][token][c] = sum;
+        for (int r = 0; r < SUMS; ++r) all += meet[r * COLUMNS + c];
+        parts[list][token][c] = all;
       }
     }
   }
@@ -323,7 +332,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #if GATED
     p.out[place] = to_element(rounded(activate(found[0], a.activation)) * found[LISTS - 1]);
 #else
-    if (a.residual) found[0] = to_float(a.residual[place]) + found[0];
+    if (a.residual && which == 0) found[0] += to_float(load_one(a.residual + place));
     p.out[place] = to_element(found[0]);
 #endif
   }

@@ -87,6 +87,13 @@ def fits(x: Tensor, weights: Sequence[Tensor], thresholds: Sequence[Tensor]) -> 
     )
 
 
+def list_bytes(inputs: int, cluster: int, gated: bool, tokens: int, size: int) -> int:
+    """Return the bytes that a block's lists of live channels may need."""
+    width = 16 // size
+    capacity = -(-(inputs // width) // cluster) * width
+    return (2 if gated else 1) * capacity * (4 + size * tokens)
+
+
 def rows(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -133,7 +140,6 @@ def rows(
     }
     device = x.device.index or 0
     run = kernel("rows.cu", "wina_rows", mapping(macros), device, config.threads)
-    lists = 1 if activation is None else 2
     columns = config.lanes * width
     capacity = chunks * width
     arguments = _Arguments(
@@ -158,7 +164,8 @@ def rows(
             results.append(x.new_empty((*x.shape[:-1], weight.shape[0])))
             projection.out = results[-1].data_ptr()
             tiles += projection.tiles
-    lists_bytes = lists * capacity * (4 + x.element_size() * compiled_for)
-    shared = max(lists_bytes, config.groups * columns * 4)
+    size = x.element_size()
+    lists = list_bytes(inputs, config.cluster, activation is not None, compiled_for, size)
+    shared = max(lists, config.groups * columns * 4)
     run.launch(tiles * config.cluster, shared, arguments)
     return results

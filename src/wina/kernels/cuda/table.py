@@ -8,9 +8,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from wina.kernels.cuda.rows import TOKENS, Config
+from wina.kernels.cuda.rows import TOKENS, Config, list_bytes
 
 LANES = (4, 8, 16, 32, 64)
+SHARED = 160 << 10  # bytes of a block's shared memory that lists may take
 LONG = 8192  # inputs from which a cluster shares the gating of one tile
 
 
@@ -39,13 +40,16 @@ def _rule(
         lanes, cluster = lanes * 4, 4
     while cluster < 8 and tiles(lanes) * cluster * 2 <= units and inputs >= 64 * width * cluster:
         cluster *= 2
+    while cluster < 8 and list_bytes(inputs, cluster, gated, tokens, size) > SHARED:
+        cluster *= 2
     threads = 512 if tokens < 8 else 256
     wide = tokens == 1 and lanes >= 16 and cluster == 1
     blocks = 1 if tokens > 2 or gated else 2
     return Config(lanes, max(1, threads // lanes), 8 if wide else 4, cluster, blocks)
 
 
-def most_tokens(x: Tensor, weights: Sequence[Tensor]) -> int:
+def most_tokens(x: Tensor, gated: bool) -> int:
     """Return up to how many rows of x skipping is no slower than a dense product."""
-    del x, weights
-    return TOKENS[-1]
+    inputs, size = x.shape[-1], x.element_size()
+    fitting = (n for n in reversed(TOKENS) if list_bytes(inputs, 8, gated, n, size) <= SHARED)
+    return next(fitting, 0)
