@@ -141,7 +141,7 @@ def _normed(cast: Any) -> tuple[Any, float, list[Any]] | None:
             continue
         mean, epsilon = total.args
         square = mean.args[0] if _method(mean, "mean") else None
-        if not _method(square, "pow") or square.args != (wide, 2):
+        if square is None or not _method(square, "pow") or square.args != (wide, 2):
             continue
         if mean.args[1:] != (-1,) or mean.kwargs != {"keepdim": True}:
             continue

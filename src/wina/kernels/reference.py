@@ -110,7 +110,11 @@ def fused_gated_mlp(
     """Return ``sparse_gated_mlp`` of an x that is normed first, with the residual added."""
     x = x if norm is None else rms_norm(x, norm, epsilon)
     gate, up, down = weights
-    result = sparse_gated_mlp(x, gate, up, down, *thresholds, activation, *(biases or ()))
+    vectors = (thresholds[0], thresholds[1], thresholds[2])
+    others = biases or (None, None, None)
+    result = sparse_gated_mlp(
+        x, gate, up, down, *vectors, activation, others[0], others[1], others[2]
+    )
     return result if residual is None else residual + result
 
 
