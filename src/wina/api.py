@@ -14,8 +14,10 @@ from wina.calibration import Calibration, CalibrationSettings, FileText, TextSou
 from wina.calibration import calibrate as run_calibration
 from wina.errors import UsageError
 from wina.integrations import hf
-from wina.models import family_of, identify
+from wina.layers.linear import read_by_others
+from wina.models import family_of, identify, settle
 from wina.plan import Plan
+from wina.progress import note
 from wina.selection import is_runnable
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -44,7 +46,6 @@ def calibrate(
         UsageError: unsupported architecture or settings.
         WinaError: too little text, or activations that are not finite.
     """
-    hf.check_unquantized(model)
     if isinstance(text, (str, Path)):
         text = [text]
     if isinstance(text, Sequence):
@@ -68,17 +69,23 @@ def sparsify(model: Model, plan: Plan, *, check: bool = True) -> Model:
         UsageError: the plan's selection is for scoring alone.
         WinaError: the plan was made for another model; nothing is changed then.
     """
-    hf.check_unquantized(model)
     if not is_runnable(plan.document.selection):
         raise UsageError(
             f"selection {plan.document.selection!r} is for comparing methods: it costs more than "
             "it saves. Score its plans with wina reproduce."
         )
+    settle(model)
     if check:
         plan.document.model.check(identify(model, model.config.name_or_path))
     family_of(model)  # knows the classes of its linears from here on
     layers.sparsify(model, plan)
     hf.attach(model, plan.document)
+    masked = sorted(plan.vectors.keys() & set(read_by_others(model)))
+    if masked:
+        note(
+            f"another library keeps the weights of {len(masked)} linears, such as {masked[0]}: "
+            "their inputs are masked, which shows the quality and saves no time"
+        )
     return model
 
 

@@ -248,23 +248,6 @@ def test_a_missing_vector_is_never_made_up(
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_a_model_of_another_quantization_is_refused(model: PreTrainedModel) -> None:
-    class Method:
-        value = "gptq"
-
-    class Config:
-        quant_method = Method()
-
-    class Other:
-        quantization_config = Config()
-
-    plan = make_plan(model, 0.5)
-    model.hf_quantizer = Other()
-    with pytest.raises(wina.UsageError, match="quantized with 'gptq'"):
-        wina.sparsify(model, plan, check=False)
-    assert phase_of(model) is None
-
-
 def test_a_lora_adapter_trains_and_runs_on_top(model: PreTrainedModel, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     sparsified(model, prefill="dense")

@@ -28,6 +28,7 @@ from wina.errors import UsageError
 from wina.generation import Decoder
 from wina.kernels import use_backend
 from wina.layers import SparsityCounter, change_vectors, lay_out_for_decode, phase_of, sparsify
+from wina.layers.linear import read_by_others
 from wina.models import find_sites
 from wina.plan import Plan
 from wina.progress import note, track
@@ -123,6 +124,11 @@ def bench(
     last = settings.context + settings.tokens + 1
     if limit and last > limit:
         raise UsageError(f"a context of {settings.context} does not fit the model's {limit}")
+    if foreign := read_by_others(model):
+        raise UsageError(
+            f"another library keeps {len(foreign)} linears of {name}, such as {foreign[0]}, and "
+            "reads all their weights: there is no speed to measure, only quality (wina eval)"
+        )
     generator = torch.Generator().manual_seed(0)
     length = min(settings.context, LONGEST_PROMPT)
     size = (settings.batch, length)

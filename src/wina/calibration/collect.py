@@ -18,6 +18,7 @@ from wina.criteria import Criterion, criteria
 from wina.errors import WinaError
 from wina.layers import opened
 from wina.layers.experts import ExpertLinear
+from wina.layers.foreign import check_computes, differentiable, is_foreign
 from wina.layers.linear import matrix
 from wina.models import Site, blocks, run_body
 from wina.statistics import BINS, LinearStatistics, experts, histogram
@@ -33,14 +34,21 @@ NEXT_TO_NOTHING = 1e-9  # of the mean power of a linear's channels
 
 
 def column_norms(model: nn.Module, sites: Sequence[Site]) -> dict[str, Tensor]:
-    """Return ||W_:j||_2 of each linear, shape (in_features,), float32, on the model's device."""
+    """Return ||W_:j||_2 of each linear, shape (in_features,), float32, on the model's device.
+
+    Raises:
+        UsageError: a linear that another library keeps does not compute W x + b.
+    """
     with opened(model):
         modules = dict(model.named_modules())
-        weights = {site.name: matrix(modules[site.name]).detach() for site in sites}
-        return {
-            name: torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32)
-            for name, weight in weights.items()
-        }
+        norms = {}
+        for site in sites:
+            module = modules[site.name]
+            weight = matrix(module).detach()
+            if is_foreign(module):
+                check_computes(site.name, module, weight)
+            norms[site.name] = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32)
+        return norms
 
 
 Rows = Callable[[Tensor], Tensor]  # (..., features) -> the rows that count, (rows, features)
@@ -153,7 +161,8 @@ def gradient_checkpointed(model: PreTrainedModel) -> Iterator[None]:
     for layer in layers:
         vars(layer).update(switch)
     try:
-        yield
+        with differentiable(model):
+            yield
     finally:
         handle.remove()
         for layer, attributes in zip(layers, before, strict=True):

@@ -3,6 +3,7 @@
 from wina.layers.experts import opened
 from wina.layers.layout import lay_out_for_decode
 from wina.layers.linear import SparseConv1D, SparseLayer, SparseLinear, sparse_layers
+from wina.layers.masked import MaskedLayer
 from wina.layers.phase import Phase
 from wina.layers.scoring import SparsityCounter, scoring
 from wina.layers.swap import change_vectors, densify, phase_of, sparsify
@@ -10,6 +11,7 @@ from wina.layers.watch import ChangedWeightsWarning
 
 __all__ = [
     "ChangedWeightsWarning",
+    "MaskedLayer",
     "Phase",
     "SparseConv1D",
     "SparseLayer",

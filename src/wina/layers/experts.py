@@ -21,8 +21,10 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
+from wina.layers.foreign import FLOATS
 from wina.layers.linear import SPARSE_CLASSES, SparseLayer
 from wina.layers.phase import Phase
 
@@ -238,13 +240,22 @@ def projections(experts: nn.Module) -> tuple[str, str]:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Return whether a module follows Transformers' experts interface, on this process alone."""
+    """Return whether a module follows Transformers' experts interface, on this process alone.
+
+    Experts whose weights are quantized are none: only their library reads those.
+    """
     if not all(hasattr(module, name) for name in INTERFACE):
         return False
     if getattr(module, "_is_expert_parallel", False):
         return False
     parameters = [module._parameters.get(name) for name in projections(module)]
-    return all(parameter is not None and parameter.dim() == 3 for parameter in parameters)
+    return all(
+        parameter is not None
+        and parameter.dim() == 3
+        and type(parameter) in (nn.Parameter, Tensor, DTensor)
+        and parameter.dtype in FLOATS
+        for parameter in parameters
+    )
 
 
 def open_experts(model: nn.Module, names: Collection[str] | None = None) -> list[OpenExperts]:

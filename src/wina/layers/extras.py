@@ -7,7 +7,7 @@ bases.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,11 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from wina.bases import Basis
-from wina.errors import WinaError
+from wina.errors import UsageError, WinaError
 from wina.kernels.reference import ACTIVATIONS
-from wina.layers.linear import SparseLayer, align, matrix
+from wina.layers.linear import SparseLayer, align, is_read_by_others, matrix
 from wina.layers.phase import Phase
-from wina.plan import Plan
+from wina.plan import Plan, PlanDocument
 
 Undo = Callable[[], None]
 
@@ -33,7 +33,11 @@ def change_basis(model: nn.Module, groups: Mapping[str, tuple[Sequence[str], Bas
     Args:
         model: dense or sparse.
         groups: by any name, the qualified names of the linears and their basis.
+
+    Raises:
+        UsageError: another library keeps a linear's weight; nothing is changed then.
     """
+    check_readable(model, [name for names, _ in groups.values() for name in names])
     undo: list[Undo] = []
     for names, basis in groups.values():
         layers = [model.get_submodule(name) for name in names]
@@ -51,6 +55,26 @@ def change_basis(model: nn.Module, groups: Mapping[str, tuple[Sequence[str], Bas
                 undo.append(lambda layer=layer: delattr(layer, "has_zero_columns"))  # type: ignore[misc]
             undo.append(layer.register_forward_pre_hook(rotate).remove)
     return lambda: _undo(undo)
+
+
+def check_extras(model: nn.Module, document: PlanDocument) -> None:
+    """Raise UsageError if another library keeps the weight of a linear that extras are for."""
+    extras = document.extras
+    if extras is not None:
+        rotated = [name for basis in extras.bases.values() for name in basis.linears]
+        check_readable(model, [*rotated, *extras.low_ranks, *extras.output_gates])
+
+
+def check_readable(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise UsageError if another library keeps the weight of one of these linears."""
+    for name in names:
+        module = model.get_submodule(name)
+        if is_read_by_others(module):
+            raise UsageError(
+                f"only the library that keeps {name} ({type(module).__qualname__}) reads its "
+                "weight: thresholds run in front of it, but no input basis, low-rank term or "
+                "output gate. Load the model dequantized for those."
+            )
 
 
 def _restoring(parameter: nn.Parameter) -> Undo:

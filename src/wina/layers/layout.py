@@ -31,7 +31,8 @@ def lay_out_for_decode(model: nn.Module) -> None:
     if not devices:
         return
     for _, layer in sparse_layers(model):
-        if layer.active and layer.keep is None and matrix(layer).device.type in devices:
+        runnable = layer.kernels and layer.active and layer.keep is None
+        if runnable and matrix(layer).device.type in devices:
             _store(layer)
     if "cpu" not in devices:
         return

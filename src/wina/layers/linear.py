@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from wina.errors import UsageError
 from wina.kernels import dense_linear, sparse_linear
+from wina.layers.foreign import dequantized, is_foreign, shape_of
 from wina.layers.phase import Phase
 from wina.selection import Selection, oracle_mask, random_mask, threshold_mask, topk_mask
 
@@ -36,6 +37,7 @@ class SparseLayer(nn.Module):
     """
 
     dense_class: ClassVar[type[nn.Module]]
+    kernels: ClassVar[bool] = True  # wina computes it, from a weight that it can read
     selection: Selection
     keep: int | None
     phase: Phase
@@ -72,12 +74,12 @@ class SparseLayer(nn.Module):
         rows = self.phase.rows
         if rows is False or not self.active:
             return self._dense(x)
-        if rows is True and self.keep is None:
+        if rows is True and self.keep is None and self.kernels:
             return sparse_linear(x, matrix(self), self.vector, self._decode_bias())
         mask = self.mask(x)
         if isinstance(rows, Tensor):
             mask = mask | ~align(rows, x)
-        y: Tensor = super().forward(torch.where(mask, x, 0))
+        y = self._own(torch.where(mask, x, 0))
         if self.sparse_bias is None:
             return y
         return y + self.sparse_bias * (align(rows, x) if isinstance(rows, Tensor) else 1)
@@ -88,6 +90,9 @@ class SparseLayer(nn.Module):
         if few and isinstance(self, nn.Linear) and weight is not None and weight.stride(0) == 1:
             # Torch's dense kernel takes twice its time for a few rows and this layout.
             return dense_linear(x, weight, self._parameters["bias"])
+        return self._own(x)
+
+    def _own(self, x: Tensor) -> Tensor:
         return super().forward(x)  # type: ignore[no-any-return]
 
     def _decode_bias(self) -> Tensor | None:
@@ -145,6 +150,9 @@ class SparseConv1D(SparseLayer, Conv1D):  # type: ignore[misc]
 SPARSE_CLASSES: dict[type[nn.Module], type[SparseLayer]] = {
     sparse.dense_class: sparse for sparse in (SparseLinear, SparseConv1D)
 }
+# What may have a sparse form of other modules; asked where no class in SPARSE_CLASSES fits, and of
+# nn.Linear and Conv1D, whose weights may be of another kind than ours.
+FALLBACKS: list[Callable[[nn.Module], type[SparseLayer] | None]] = []
 _known: set[str] = set()  # qualified names of subclasses of nn.Linear that compute as it does
 
 
@@ -164,21 +172,47 @@ def sparse_class(dense: type[nn.Module]) -> type[SparseLayer] | None:
     return SPARSE_CLASSES.get(dense)
 
 
+def sparse_form(module: nn.Module) -> type[SparseLayer] | None:
+    """Return the class of a module's sparse form; None if there is none."""
+    known = sparse_class(type(module))
+    if known is None or issubclass(known.dense_class, (nn.Linear, Conv1D)):
+        for find in FALLBACKS:
+            if (form := find(module)) is not None:
+                return form
+    return known
+
+
 def matrix(module: nn.Module) -> Tensor:
-    """Return a linear layer's W, shape (out_features, in_features), whatever its storage."""
+    """Return a linear layer's W, shape (out_features, in_features), whatever its storage.
+
+    Of a linear that another library keeps it is a copy, and takes as long as a forward pass of
+    in_features rows.
+    """
+    if is_read_by_others(module):
+        return dequantized(module)
     weight: Tensor = module.weight  # type: ignore[assignment]  # a view where it is an expert's
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
 def features(module: nn.Module) -> tuple[int, int]:
     """Return (in_features, out_features) of a linear layer, sparse or dense."""
-    out_features, in_features = matrix(module).shape
-    return in_features, out_features
+    shape = shape_of(module) if is_read_by_others(module) else matrix(module).shape
+    return shape[1], shape[0]
+
+
+def is_read_by_others(module: nn.Module) -> bool:
+    """Return whether only another library can read the linear's weight."""
+    return not module.kernels if isinstance(module, SparseLayer) else is_foreign(module)
+
+
+def read_by_others(model: nn.Module) -> list[str]:
+    """Return the names of a model's linears whose weights only another library can read."""
+    return [name for name, module in model.named_modules() if is_read_by_others(module)]
 
 
 def is_linear(module: nn.Module) -> bool:
     """Return whether wina has a sparse form of this module, or it is one."""
-    return isinstance(module, (SparseLayer, RowsLinear)) or sparse_class(type(module)) is not None
+    return isinstance(module, (SparseLayer, RowsLinear)) or sparse_form(module) is not None
 
 
 def make_sparse(
@@ -192,7 +226,8 @@ def make_sparse(
     """Turn a linear layer into its sparse form, in place.
 
     Args:
-        module: an nn.Linear or Conv1D, or a subclass that ``know_linear`` named.
+        module: an nn.Linear or Conv1D, a subclass that ``know_linear`` named, or a linear that
+            another library keeps.
         vector: thresholds or scales, shape (in_features,), float32.
         selection: how channels are chosen.
         keep: with top-k, the channels kept of each token.
@@ -202,7 +237,7 @@ def make_sparse(
     Raises:
         UsageError: wina has no sparse form of the module's class.
     """
-    form = sparse_class(type(module))
+    form = sparse_form(module)
     if form is None:
         raise UsageError(f"no sparse form of {type(module).__qualname__} is known")
     module.__class__ = form
@@ -210,9 +245,16 @@ def make_sparse(
     module.selection, module.keep, module.phase = selection, keep, phase
     module.register_buffer(module.vector_name, vector)
     if sparse_bias is not None:
-        sparse_bias = sparse_bias.to(matrix(module).dtype)
+        sparse_bias = sparse_bias.to(_bias_dtype(module))
     module.register_buffer("sparse_bias", sparse_bias)
     refresh(module)
+
+
+def _bias_dtype(module: SparseLayer) -> torch.dtype:
+    own = module._parameters.get("bias")
+    if module.kernels or own is None:
+        return matrix(module).dtype if module.kernels else torch.get_default_dtype()
+    return own.dtype
 
 
 def refresh(module: SparseLayer) -> None:
@@ -233,7 +275,9 @@ def make_dense(module: SparseLayer) -> None:
     for name in ("selection", "keep", "phase", "active"):
         delattr(module, name)
     weight = module._parameters.get("weight")
-    if weight is not None and not weight.is_contiguous():  # see wina.layers.layout
+    if (
+        module.kernels and weight is not None and not weight.is_contiguous()
+    ):  # see wina.layers.layout
         weight.data = weight.data.contiguous()
     module.__class__ = module.dense_class  # type: ignore[assignment]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wina.layers.linear import SparseLayer, align, matrix, sparse_layers
+from wina.layers.linear import SparseLayer, align, features, matrix, sparse_layers
 from wina.layers.phase import Phase
 from wina.layers.swap import densify, phase_of, sparsify
 from wina.plan import Plan
@@ -48,8 +48,7 @@ class SparsityCounter:
         phase = phase_of(self._model)
         self._handles = []
         for name, layer in sparse_layers(self._model):
-            out_features, in_features = matrix(layer).shape
-            self._shape[name] = (in_features, out_features)
+            self._shape[name] = features(layer)
             self._skips[name] = getattr(layer, "skips", ("", 0))[1]
             self._handles.append(layer.register_forward_pre_hook(self._observer(name, phase)))
         return self

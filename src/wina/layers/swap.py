@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from torch import nn
 
-from wina.errors import WinaError
+from wina.errors import UsageError, WinaError
 from wina.kernels.backends import settle
 from wina.layers.experts import close_experts, open_experts, opened
-from wina.layers.extras import install
+from wina.layers.extras import check_extras, install
+from wina.layers.foreign import device_of
 from wina.layers.linear import (
     RowsLinear,
+    SparseLayer,
     features,
     is_linear,
     make_dense,
     make_sparse,
-    matrix,
     refresh,
     sparse_layers,
 )
@@ -34,6 +35,7 @@ def check_linears(model: nn.Module, document: PlanDocument) -> dict[str, nn.Modu
     """Return the planned modules by name; experts must be open.
 
     Raises:
+        UsageError: one has a tensor where the plan's would go.
         WinaError: the model lacks one, or its shape is another.
     """
     found: dict[str, nn.Module] = {}
@@ -52,6 +54,12 @@ def check_linears(model: nn.Module, document: PlanDocument) -> dict[str, nn.Modu
                 f"the model's {features(module)[0]} to {features(module)[1]}: the plan was made "
                 f"for {document.model.name!r}, another model"
             )
+        own = not isinstance(module, SparseLayer) and hasattr(module, "scales")
+        if own and document.selection != "threshold":
+            raise UsageError(
+                f"the {type(module).__qualname__} {name} has scales of its own, and a plan that "
+                "keeps the top k would hide them; plan with thresholds"
+            )
         found[name] = module
     return found
 
@@ -65,11 +73,12 @@ def sparsify(model: nn.Module, plan: Plan) -> Phase:
     document = plan.document
     with opened(model):
         check_linears(model, document)
+        check_extras(model, document)
     densify(model)
     open_experts(model, document.linears)
     phase = Phase(document.prefill, document.dense_prefix)
     for name, module in check_linears(model, document).items():
-        device = matrix(module).device
+        device = device_of(module)
         vector = plan.vectors[name].to(device, copy=True)
         bias = plan.biases[name].to(device, copy=True) if name in plan.biases else None
         make_sparse(module, vector, document.selection, document.linears[name].keep, phase, bias)

@@ -27,7 +27,8 @@ class Watch:
 
     def __init__(self, layers: Sequence[tuple[str, SparseLayer]]) -> None:
         # One projection stands for all those of a layer's experts, whose parameter is one.
-        parts = {id(getattr(x, "owner", x)): (name, x) for name, x in layers}
+        own = [(name, x) for name, x in layers if x.kernels]
+        parts = {id(getattr(x, "owner", x)): (name, x) for name, x in own}
         self._layers = list(parts.values())
         self._before = self._sample()
         self._warned = False

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from wina.calibration import Calibration
 from wina.calibration.planning import GREEDY_TOKENS
 from wina.errors import UsageError
+from wina.layers.extras import check_readable
+from wina.layers.linear import read_by_others
 from wina.plan import Plan
 from wina.registry import Registry
 from wina.selection import check_sparsity
@@ -73,9 +75,11 @@ class Method:
     seeded: bool = False
 
     def plan(self, setting: Setting, sparsity: float) -> Plan:
-        """Return a plan under the method's name."""
+        """Return a plan under the method's name; raise UsageError as ``make`` does."""
         if check_sparsity(sparsity) == 0:
             raise UsageError("a method's sparsity must be above 0")
+        if self.basis or self.adds:
+            check_readable(setting.model, read_by_others(setting.model))
         plan = self.make(setting, sparsity)
         document = plan.document.model_copy(update={"method": self.name})
         return Plan(document, plan.vectors, plan.biases, plan.parts)

@@ -2,7 +2,7 @@
 
 from wina.models.families import Family, families, family_of
 from wina.models.groups import InputGroup, input_groups, norm_scale
-from wina.models.identity import identify
+from wina.models.identity import identify, settle
 from wina.models.loading import DEMO, LoadedModel, load_model
 from wina.models.structure import (
     Site,
@@ -31,5 +31,6 @@ __all__ = [
     "load_model",
     "norm_scale",
     "run_body",
+    "settle",
     "start_ids",
 ]

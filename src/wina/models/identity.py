@@ -4,7 +4,8 @@ config_hash is the SHA-256 of those config values that fix the function computed
 weights_hash is the SHA-256 over the sorted lines "name shape digest" of all parameters, each
 digest the SHA-256 of the parameter's values rounded to bfloat16, values below 2**-14 as zero:
 float32, bfloat16 and float16 copies of one bfloat16 or quantized checkpoint agree. (A checkpoint
-stored in float32 and loaded in float16 is rounded twice and may differ.)
+stored in float32 and loaded in float16 is rounded twice and may differ.) Of a model that another
+library quantized, the buffers of its linears go in too; what is not a float goes in as its bytes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from wina.layers.foreign import plain_weight
+from wina.layers.linear import is_read_by_others, sparse_layers
 from wina.plan import ModelIdentity
 
 CONFIG_KEYS = (
@@ -36,6 +39,7 @@ SMALLEST_NORMAL_FLOAT16 = 2.0**-14
 
 def identify(model: PreTrainedModel, name: str, revision: str | None = None) -> ModelIdentity:
     """Return the identity of ``model``, whose weights are all read (about 1 GB/s a core)."""
+    settle(model)
     config = model.config.get_text_config()
     facts = {key: getattr(config, key, None) for key in CONFIG_KEYS}
     return ModelIdentity(
@@ -47,20 +51,50 @@ def identify(model: PreTrainedModel, name: str, revision: str | None = None) -> 
     )
 
 
+@torch.no_grad()
+def settle(model: PreTrainedModel) -> None:
+    """Let a model quantized by another library do what it puts off until its first call.
+
+    Weights that are stored packed may be unpacked then, and others brought into their layout.
+    """
+    if _is_quantized(model):
+        model(torch.tensor([[0, 1]], device=model.device), use_cache=False)
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    return any(is_read_by_others(x) and plain_weight(x) is None for x in model.modules())
+
+
 def _weights_hash(model: nn.Module) -> str:
-    parameters = sorted(model.named_parameters())
+    tensors: list[tuple[str, torch.Tensor]] = sorted(model.named_parameters())
+    if _is_quantized(model):
+        # Not state_dict: asking for it makes some of them convert their weights, with losses.
+        ours = {f"{name}.{layer.vector_name}" for name, layer in sparse_layers(model)}
+        ours |= {f"{name}.sparse_bias" for name, _ in sparse_layers(model)}
+        kept = {name for name, module in model.named_modules() if is_read_by_others(module)}
+        tensors += sorted(
+            (name, buffer)
+            for name, buffer in model.named_buffers()
+            if name.rpartition(".")[0] in kept and name not in ours
+        )
     with ThreadPoolExecutor(4) as pool:
-        digests = pool.map(_digest, (parameter for _, parameter in parameters))
+        digests = pool.map(_digest, (tensor for _, tensor in tensors))
     total = hashlib.sha256()
-    for (name, parameter), digest in zip(parameters, digests, strict=True):
-        total.update(f"{name} {list(parameter.shape)} {digest}\n".encode())
+    for (name, tensor), digest in zip(tensors, digests, strict=True):
+        total.update(f"{name} {list(tensor.shape)} {digest}\n".encode())
     return total.hexdigest()
 
 
 @torch.no_grad()
-def _digest(parameter: torch.Tensor) -> str:
+def _digest(tensor: torch.Tensor) -> str:
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is not None:  # a tensor made of others
+        return " ".join(_digest(getattr(tensor, name)) for name in flatten()[0])
     digest = hashlib.sha256()
-    for chunk in torch.split(parameter.detach().flatten(), 1 << 24):
+    if not tensor.is_floating_point():
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+    for chunk in torch.split(tensor.detach().flatten(), 1 << 24):
         rounded = chunk.to(torch.bfloat16)
         rounded = torch.where(rounded.abs() < SMALLEST_NORMAL_FLOAT16, 0, rounded)
         digest.update(rounded.cpu().view(torch.int16).numpy().tobytes())
