@@ -26,13 +26,15 @@ def row(outcome: Outcome) -> str:
     """Return one line of the table."""
     case = outcome.case
     result = f"refused: {outcome.refusal}" if outcome.refusal else "works"
-    kinds = ", ".join(outcome.kinds)
-    return f"| {case.name} | `{case.model_type}` | {case.notable} | {kinds} | {result} |"
+    kinds, groups = ", ".join(outcome.kinds), ", ".join(outcome.groups)
+    head = f"| {case.name} | `{case.model_type}` | {case.notable} |"
+    return f"{head} {kinds} | {groups} | {result} |"
 
 
 def table() -> str:
     """Run every case and return the table."""
-    lines = ["| models | model_type | notable | planned kinds | result |", "| --- " * 5 + "|"]
+    head = "| models | model_type | notable | planned kinds | input basis from | result |"
+    lines = [head, "| --- " * 6 + "|"]
     tokenizer = make_tokenizer()
     for case in CASES:
         with tempfile.TemporaryDirectory() as folder:

@@ -21,10 +21,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import wina
 from tests.families import EXPERTS, Case, make
 from tests.helpers import make_plan, prompt
+from wina.calibration.rotated import find_bases, in_bases
 from wina.evaluation import evaluate
 from wina.generation import generate
 from wina.layers import phase_of
 from wina.layers.experts import is_experts
+from wina.methods import Setting
+from wina.methods.recipe import recipe
+from wina.models import input_groups
 
 NEW_TOKENS = 6
 
@@ -38,6 +42,7 @@ class Outcome:
     kinds: tuple[str, ...] = ()
     sparsity: float = 0.0
     refusal: str = ""
+    groups: tuple[str, ...] = ()  # kinds that lead a group of linears rotated to an input basis
 
 
 def go_through(case: Case, tokenizer: PreTrainedTokenizerBase, text: Path, folder: Path) -> Outcome:
@@ -91,10 +96,40 @@ def go_through(case: Case, tokenizer: PreTrainedTokenizerBase, text: Path, folde
     result = evaluate(model, tokenizer, [plan], [text], **scored).results[0]
     assert abs(result.sparsity - 0.5) < 0.1
     assert 0 < result.kl < float("inf")
+    groups = rotate(model, untouched, calibration, ids, folder)
     kinds = tuple(dict.fromkeys(linear.kind for linear in plan.document.linears.values()))
     assert result.by_kind.keys() == set(kinds)
     assert any(x.usage < 1 for x in plan.document.linears.values()) == (case in EXPERTS)
-    return Outcome(case, len(plan.document.linears), kinds, result.sparsity)
+    return Outcome(case, len(plan.document.linears), kinds, result.sparsity, groups=groups)
+
+
+def rotate(
+    model: PreTrainedModel,
+    untouched: PreTrainedModel,
+    calibration: wina.Calibration,
+    ids: Tensor,
+    folder: Path,
+) -> tuple[str, ...]:
+    """Plan in input bases where there is a k or gate to take them from; return those kinds."""
+    if not input_groups(model):
+        return ()
+    dense = model(ids).logits
+    with in_bases(model, find_bases(model, "svd")):
+        torch.testing.assert_close(model(ids).logits, dense, rtol=1e-3, atol=1e-3)
+    plan = recipe("wina", "uniform", "threshold", "svd")(Setting(model, calibration), 0.5)
+    assert torch.equal(model(ids).logits, dense)
+    plan.save(folder / "rotated")
+    plan = wina.Plan.load(folder / "rotated")
+    wina.sparsify(model, plan)
+    with masked(untouched, plan) as decoding:
+        wanted = decode(untouched, ids, decoding)
+    torch.testing.assert_close(decode(model, ids), wanted, rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(wanted[1:], decode(untouched, ids)[1:], rtol=0.1, atol=0.1)
+    wina.densify(model)
+    assert torch.equal(model(ids).logits, dense)
+    assert plan.document.extras is not None
+    leaders = (plan.document.linears[name].kind for name in plan.document.extras.bases)
+    return tuple(dict.fromkeys(leaders))
 
 
 def continue_text(model: PreTrainedModel, ids: Tensor) -> list[int]:
@@ -122,18 +157,31 @@ def decode(
 
 @contextmanager
 def masked(dense: PreTrainedModel, plan: wina.Plan) -> Iterator[Callable[[bool], None]]:
-    """Mask the inputs of a dense model's linears by plain hooks, while it is told so."""
-    state = {"on": False}
+    """Mask the inputs of a dense model's linears by plain hooks, while it is told so.
 
-    def hook(thresholds: Tensor) -> Callable[..., Any]:
+    In an input basis, the mask is on Q^T (x / d), and what is left is brought back.
+    """
+    state = {"on": False}
+    bases = plan.document.extras.bases if plan.document.extras else {}
+    leaders = {name: leader for leader, basis in bases.items() for name in basis.linears}
+
+    def hook(name: str, thresholds: Tensor) -> Callable[..., Any]:
         def mask(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-            return (args[0] * (args[0].abs() >= thresholds),) if state["on"] else args
+            x = args[0]
+            if not state["on"]:
+                return args
+            if name not in leaders:
+                return (x * (x.abs() >= thresholds),)
+            q = plan.parts[f"{leaders[name]}.basis"]
+            d = plan.parts[f"{leaders[name]}.basis_scale"]
+            z = (x / d) @ q
+            return ((z * (z.abs() >= thresholds)) @ q.T * d,)
 
         return mask
 
     modules = dict(dense.named_modules())
     handles = [
-        modules[name].register_forward_pre_hook(hook(thresholds))
+        modules[name].register_forward_pre_hook(hook(name, thresholds))
         for name, thresholds in plan.vectors.items()
         if name in modules
     ]
