@@ -1,5 +1,6 @@
 import os
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 
 from wina.errors import WinaError
 from wina.files import (
+    UNUSED_DAYS,
     cache_dir,
+    cached,
     read_json,
     read_tensors,
     replacing_folder,
@@ -113,6 +116,32 @@ def test_json_that_is_wrong_names_file_and_field(
     with pytest.raises(WinaError, match=message) as error:
         read_json(path, ModelIdentity)
     assert "x.json" in str(error.value)
+
+
+def test_what_the_cache_did_not_need_for_long_is_removed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WINA_CACHE", str(tmp_path))
+    kind, then = tmp_path / "plans", time.time() - (UNUSED_DAYS + 1) * 86_400
+    for name in ("used", "unused", "new"):
+        (kind / name).mkdir(parents=True)
+        (kind / name / "plan.json").write_text("{}")
+    (kind / "file").write_text("x")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (kind / "link").symlink_to(outside)
+    for name in ("used", "unused", "file"):
+        os.utime(kind / name, (then, then))
+    os.utime(kind / "link", (then, then), follow_symlinks=False)
+    assert cached("plans", "used") == kind / "used"
+    assert sorted(x.name for x in kind.iterdir()) == ["new", "used"]
+    assert outside.is_dir()
+    assert time.time() - (kind / "used").stat().st_mtime < 60
+    # Once a process, and no kind but this one.
+    os.utime(kind / "new", (then, then))
+    cached("plans", "another")
+    assert (kind / "new").is_dir()
+    assert not cached("absent", "x").parent.exists()
 
 
 def test_cache_dir_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from wina.calibration import calibrate as run_calibration
 from wina.errors import UsageError
 from wina.integrations import hf
 from wina.layers.linear import read_by_others
-from wina.models import family_of, identify, settle
+from wina.models import check_bare, family_of, identify, settle
 from wina.plan import Plan
 from wina.progress import note
 from wina.selection import is_runnable
@@ -66,7 +66,7 @@ def sparsify(model: Model, plan: Plan, *, check: bool = True) -> Model:
             each gigabyte). Names and shapes are always checked.
 
     Raises:
-        UsageError: the plan's selection is for scoring alone.
+        UsageError: the plan's selection is for scoring alone, or adapters are around the model.
         WinaError: the plan was made for another model; nothing is changed then.
     """
     if not is_runnable(plan.document.selection):
@@ -74,6 +74,7 @@ def sparsify(model: Model, plan: Plan, *, check: bool = True) -> Model:
             f"selection {plan.document.selection!r} is for comparing methods: it costs more than "
             "it saves. Score its plans with wina reproduce."
         )
+    check_bare(model)
     settle(model)
     if check:
         plan.document.model.check(identify(model, model.config.name_or_path))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from wina.calibration import Calibration, CalibrationSettings, SelfText, calibrate, make_plan
 from wina.errors import WinaError
-from wina.files import cache_dir
+from wina.files import cached
 from wina.models import LoadedModel, identify
 from wina.plan import ModelIdentity, Plan, shipped_plan, shipped_sparsities
 from wina.progress import note
@@ -132,4 +132,4 @@ def _from_shipped(
 def _entry(kind: str, identity: ModelIdentity, *settings: object) -> Path:
     facts = [identity.config_hash, identity.weights_hash, identity.dtype, *settings]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
-    return cache_dir() / kind / key
+    return cached(kind, key)

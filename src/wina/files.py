@@ -7,9 +7,11 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -22,12 +24,44 @@ from torch import Tensor
 from wina.errors import UsageError, WinaError
 
 Schema = TypeVar("Schema", bound=BaseModel)
+UNUSED_DAYS = 90
 
 
 def cache_dir() -> Path:
     """Return the folder of cached calibrations and plans (WINA_CACHE overrides the platform's)."""
     override = os.environ.get("WINA_CACHE")
     return Path(override) if override else user_cache_path("wina")
+
+
+def cached(kind: str, name: str) -> Path:
+    """Return where the cache keeps a thing; if it is there, it counts as used now.
+
+    What was not used for UNUSED_DAYS is removed, once a process for each kind.
+
+    Args:
+        kind: a folder of the cache.
+        name: of the file or folder in it.
+    """
+    folder = cache_dir() / kind
+    path = folder / name
+    with suppress(OSError):
+        os.utime(path)
+    _forget(folder)
+    return path
+
+
+@cache
+def _forget(folder: Path) -> None:
+    """Remove what was not used for long; the cache of another user or a read-only one stays."""
+    oldest = time.time() - UNUSED_DAYS * 86_400
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if path.lstat().st_mtime > oldest:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import wina
@@ -307,6 +307,19 @@ def test_the_base_of_an_adapter_is_made_dense_under_it(
     assert not hasattr(model.config, "quantization_config")
     adapted.merge_and_unload().save_pretrained(tmp_path)
     assert "quantization_config" not in (tmp_path / "config.json").read_text()
+
+
+def test_a_model_in_adapters_is_refused(
+    model: PreTrainedModel, text: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    adapted = adapted_model(model).eval()
+    plan = make_plan(make_model("qwen3"), 0.5)
+    with pytest.raises(wina.UsageError, match="wrapped by PEFT: merge"):
+        wina.calibrate(adapted, tokenizer, text, tokens=768, context=128)
+    with pytest.raises(wina.UsageError, match="wrapped by PEFT: merge"):
+        wina.sparsify(adapted, plan, check=False)
+    merged = adapted.merge_and_unload()
+    assert phase_of(wina.sparsify(merged, plan, check=False)) is not None
 
 
 def test_weights_changed_under_a_plan_are_noticed(model: PreTrainedModel, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from wina.allocation.build import versions
 from wina.errors import UsageError, WinaError
-from wina.files import cache_dir
+from wina.files import cached
 from wina.layers import densify
 from wina.models import identify
 from wina.plan import Plan
@@ -377,7 +377,7 @@ def _entry(facts: Sequence[object], plan: Plan | None) -> Path:
             digest.update(vector.numpy().tobytes())
             if linear in plan.biases:
                 digest.update(plan.biases[linear].numpy().tobytes())
-    return cache_dir() / "answers" / f"{digest.hexdigest()[:24]}.jsonl"
+    return cached("answers", f"{digest.hexdigest()[:24]}.jsonl")
 
 
 def _piqa(folder: Path) -> tuple[dict[str, Any], str] | None:

@@ -22,7 +22,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from wina.errors import UsageError, WinaError
-from wina.files import cache_dir, replacing_folder
+from wina.files import cached, replacing_folder
 
 DEMO = "demo"
 DTYPES = {
@@ -116,7 +116,7 @@ def _converted(gguf: Path) -> Path | None:
         return None
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return cache_dir() / "models" / f"{digest[:16]}-{version('transformers')}"
+    return cached("models", f"{digest[:16]}-{version('transformers')}")
 
 
 def load_config(source: str | None = None, revision: str | None = None) -> Any:

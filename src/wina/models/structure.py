@@ -75,9 +75,19 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(outer, key=lambda item: len(item[1]))
 
 
+def check_bare(model: nn.Module) -> None:
+    """Raise UsageError if the model is wrapped in adapters."""
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        raise UsageError(
+            "the model is wrapped by PEFT: merge its adapters first (model.merge_and_unload()) and "
+            "calibrate what comes of it; or make the base model sparse before adapters are put on"
+        )
+
+
 @torch.no_grad()
 def check_supported(model: PreTrainedModel) -> None:
     """Raise UsageError unless the model decodes: causal, with a key-value cache."""
+    check_bare(model)
     name = type(model).__name__
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise UsageError(f"unsupported architecture {name}: it has no key-value cache")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from wina.files import cache_dir, write_text
+from wina.files import cached, write_text
 from wina.kernels import reference
 from wina.kernels.cpu.library import DTYPES, input_major, instruction_set, set_crossover
 
@@ -99,7 +99,7 @@ def _path() -> Path:
         torch.get_num_threads(),
     )
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-    return cache_dir() / "crossover" / f"{key}.json"
+    return cached("crossover", f"{key}.json")
 
 
 def _processor() -> str:

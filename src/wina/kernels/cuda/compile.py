@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from wina.errors import WinaError
-from wina.files import cache_dir, replacing
+from wina.files import cached, replacing
 
 SOURCES = Path(__file__).parent
 SHARED = "common.cuh"
@@ -126,7 +126,7 @@ def compiled(
     ]
     version = _check(nvrtc.nvrtcVersion())
     key = hashlib.sha256(repr((text, shared, options, version)).encode()).hexdigest()[:32]
-    path = cache_dir() / "cuda" / f"{key}.cubin"
+    path = cached("cuda", f"{key}.cubin")
     if path.exists():
         return path.read_bytes()
     header = [SHARED.encode()]
