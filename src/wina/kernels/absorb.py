@@ -1,8 +1,8 @@
 """Take a traced model's RMSNorms and residual sums into the sparse operators beside them.
 
-On a GPU each kernel of a decode step costs microseconds, whatever it does. A norm whose result
-only sparse projections read, and a sum whose one side is a sparse projection, cost nothing inside
-that projection's own kernel. As in wina.kernels.fusion, it is read off what the graph computes.
+Each kernel of a decode step costs microseconds, whatever it does: a launch, or a call. A norm whose
+result only sparse projections read, and a sum whose one side is a sparse projection, cost nothing
+inside that projection's own kernel. As in wina.kernels.fusion, it is read off the graph.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 It works on the graph that torch.compile traced, so a model's structure is read off what it
 computes, and no module or family is named: operators that share an input become one
 ``sparse_linears``, and down(act(gate(x)) * up(x)) becomes ``sparse_gated_mlp``. On the CPU dense
-linears of a few rows (the head) become ``dense_linear``. The fused
+linears of a few rows (the head) become ``dense_linear``; norms before and residuals after the
+sparse operators move into them (wina.kernels.absorb). The fused
 operators compute the same sums in the same order; only the activation is the kernel's own, equal
 to torch's to the last bits of a float32.
 """
@@ -44,7 +45,7 @@ def fuse(module: GraphModule) -> GraphModule:
             groups.setdefault(node.args[0], []).append(node)
     for group in groups.values():
         _fuse_group(group, order)
-    if _on_gpu(module):
+    if _has_fused(module):
         absorb(module)
     module.graph.lint()
     module.recompile()
@@ -78,9 +79,13 @@ def _use_rows_kernel(node: Any) -> None:
     _erase(node)
 
 
-def _on_gpu(module: GraphModule) -> bool:
-    values = (node.meta.get("example_value") for node in module.graph.nodes)
-    return any(isinstance(x, torch.Tensor) and x.device.type == "cuda" for x in values)
+def _has_fused(module: GraphModule) -> bool:
+    """Return whether norms and residuals may move into the sparse operators' own kernels."""
+    values = [node.meta.get("example_value") for node in module.graph.nodes]
+    tensors = [x for x in values if isinstance(x, torch.Tensor)]
+    if any(x.device.type == "cuda" for x in tensors):
+        return True
+    return "cpu" in available_backends() and all(x.dtype != torch.float64 for x in tensors)
 
 
 def _fuse_group(group: list[Any], order: dict[Any, int]) -> None:

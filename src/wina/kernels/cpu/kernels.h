@@ -64,6 +64,12 @@ struct Kernels {
   void (*finish)(Dtype, const float* sums, const void* bias, void* y, int64_t n);
   // values = softmax(values), n of them.
   void (*softmax)(float* values, int64_t n);
+  // out = weight * (x * rsqrt(mean(x^2) + epsilon)), rounded to the dtype before the weight and
+  // after it: RMSNorm of one row of n values. wide is room for n floats.
+  void (*norm)(Dtype, const void* x, const void* weight, float epsilon, float* wide, void* out,
+               int64_t n);
+  // y = residual + y in the dtype, n values.
+  void (*add)(Dtype, void* y, const void* residual, int64_t n);
   // Read n bytes and do nothing with them: the bandwidth probe.
   uint32_t (*stream)(const void* data, int64_t n);
 };

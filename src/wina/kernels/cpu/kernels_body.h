@@ -487,6 +487,57 @@ WINA_TARGET static void softmax(float* values, int64_t n) {
   for (int64_t i = 0; i < n; ++i) values[i] /= sum;
 }
 
+template <class S>
+WINA_TARGET static void norm_all(const void* x, const void* weight, float epsilon, float* wide,
+                                 void* out, int64_t n) {
+  widen_all<S>(x, wide, n);
+  Floats sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * lanes <= n; i += 4 * lanes)
+    for (int k = 0; k < 4; ++k) {
+      Floats value = read<Floats>(wide + i + k * lanes);
+      sums[k] += value * value;
+    }
+  float sum = total((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; i < n; ++i) sum += wide[i] * wide[i];
+  const float scale = 1.0f / std::sqrt(sum / float(n) + epsilon);
+  const S* from = static_cast<const S*>(x);
+  const S* w = static_cast<const S*>(weight);
+  S* to = static_cast<S*>(out);
+  for (i = 0; i < n; i += block) {
+    const int64_t part = n - i < block ? n - i : int64_t(block);
+    Pair value = part == block ? load(from + i) : load_part(from + i, part);
+    Pair by = part == block ? load(w + i) : load_part(w + i, part);
+    value = rounded<S>({value.a * scale, value.b * scale});
+    value = {by.a * value.a, by.b * value.b};
+    if (part == block) store(to + i, value);
+    else store_part(to + i, value, part);
+  }
+}
+
+WINA_TARGET static void norm(Dtype dtype, const void* x, const void* weight, float epsilon,
+                             float* wide, void* out, int64_t n) {
+  WINA_DISPATCH(dtype, norm_all, x, weight, epsilon, wide, out, n);
+}
+
+template <class S>
+WINA_TARGET static void add_to(void* y, const void* residual, int64_t n) {
+  S* to = static_cast<S*>(y);
+  const S* from = static_cast<const S*>(residual);
+  for (int64_t i = 0; i < n; i += block) {
+    const int64_t part = n - i < block ? n - i : int64_t(block);
+    Pair a = part == block ? load(to + i) : load_part(to + i, part);
+    Pair b = part == block ? load(from + i) : load_part(from + i, part);
+    a = {b.a + a.a, b.b + a.b};
+    if (part == block) store(to + i, a);
+    else store_part(to + i, a, part);
+  }
+}
+
+WINA_TARGET static void add(Dtype dtype, void* y, const void* residual, int64_t n) {
+  WINA_DISPATCH(dtype, add_to, y, residual, n);
+}
+
 WINA_TARGET static uint32_t stream(const void* data, int64_t n) {
   const char* from = static_cast<const char*>(data);
   constexpr int64_t step = 4 * sizeof(Words);
@@ -512,6 +563,7 @@ namespace wina {
 extern const Kernels WINA_ISA{WINA_TEXT(WINA_ISA),  WINA_SPACE::widen,    WINA_SPACE::compact,
                               WINA_SPACE::project, WINA_SPACE::activate, WINA_SPACE::drop,
                               WINA_SPACE::arrange, WINA_SPACE::dots,     WINA_SPACE::finish,
-                              WINA_SPACE::softmax, WINA_SPACE::stream};
+                              WINA_SPACE::softmax, WINA_SPACE::norm,     WINA_SPACE::add,
+                              WINA_SPACE::stream};
 
 }  // namespace wina

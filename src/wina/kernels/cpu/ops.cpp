@@ -396,6 +396,31 @@ static Tensor sparse_gated_mlp(Tensor x, const std::vector<Tensor>& weights,
   return result;
 }
 
+// RMSNorm of the rows of x, which is contiguous.
+static Tensor normed(const Tensor& x, const Tensor& weight, double epsilon) {
+  const Dtype dtype = dtype_of(x);
+  const int64_t in = x.size(-1), rows = rows_of(x), row = in * bytes_of(dtype);
+  check(dtype != Dtype::f64, "a fused norm is not computed in float64");
+  check(weight.dtype() == x.dtype() && weight.dim() == 1 && weight.size(0) == in &&
+            (in < 2 || weight.stride(0) == 1),
+        "the norm's weight must be a contiguous vector of x's dtype, one value for each channel");
+  Tensor result = Tensor::empty(x.sizes(), x.dtype());
+  thread_local Scratch scratch;
+  float* wide = scratch.get<float>(in + 1);
+  for (int64_t r = 0; r < rows; ++r)
+    kernels->norm(dtype, static_cast<const char*>(x.data()) + r * row, weight.data(),
+                  float(epsilon), wide, static_cast<char*>(result.data()) + r * row, in);
+  return result;
+}
+
+static void add_residual(const Tensor& y, Tensor residual) {
+  check(dtype_of(y) != Dtype::f64, "a fused sum is not computed in float64");
+  check(residual.dtype() == y.dtype() && residual.sizes() == y.sizes(),
+        "the residual must have the result's shape and dtype");
+  residual = contiguous(std::move(residual));
+  kernels->add(dtype_of(y), y.data(), residual.data(), rows_of(y) * y.size(-1));
+}
+
 // W x + b, by whichever kernel is the fastest for the layout and the number of rows.
 static Tensor dense_linear(Tensor x, const Tensor& weight, const std::vector<Tensor>& biases) {
   check(x.dim() >= 1, "x must have at least one dimension");
@@ -526,6 +551,47 @@ static void call_gated_mlp(Value* stack, uint64_t, uint64_t) {
                  .release();
 }
 
+static double take_double(Value value) {
+  double number;
+  std::memcpy(&number, &value, sizeof number);
+  return number;
+}
+
+// x, or its RMSNorm.
+static Tensor take_normed(Value x, Value norm, Value epsilon) {
+  Tensor input = take_tensor(x);
+  std::vector<Tensor> weight = take_tensors(norm);
+  if (weight.empty()) return input;
+  check(input.dim() >= 1, "x must have at least one dimension");
+  return normed(contiguous(std::move(input)), weight[0], take_double(epsilon));
+}
+
+static void call_fused_linears(Value* stack, uint64_t, uint64_t) {
+  std::vector<Tensor> weights = take_tensors(stack[3]), thresholds = take_tensors(stack[4]);
+  std::vector<Tensor> biases = take_tensors(stack[5]), residual = take_tensors(stack[6]);
+  Tensor x = take_normed(stack[0], stack[1], stack[2]);
+  std::vector<Tensor> results = sparse_linears(std::move(x), weights, thresholds, biases);
+  if (!residual.empty()) {
+    check(!results.empty(), "a residual is added to the first of the projections");
+    results[0] = contiguous(std::move(results[0]));
+    add_residual(results[0], std::move(residual[0]));
+  }
+  stack[0] = give_tensors(std::move(results));
+}
+
+static void call_fused_gated_mlp(Value* stack, uint64_t, uint64_t) {
+  std::vector<Tensor> weights = take_tensors(stack[3]), thresholds = take_tensors(stack[4]);
+  std::string activation = take_string(stack[5]);
+  std::vector<Tensor> biases = take_tensors(stack[6]), residual = take_tensors(stack[7]);
+  check(weights.size() == 3 && thresholds.size() == 3, "a gated MLP has three projections");
+  check(biases.empty() || biases.size() == 3, "biases must be none or three");
+  Tensor x = take_normed(stack[0], stack[1], stack[2]);
+  Tensor result = contiguous(
+      sparse_gated_mlp(std::move(x), weights, thresholds, activation_named(activation), biases));
+  if (!residual.empty()) add_residual(result, std::move(residual[0]));
+  stack[0] = result.release();
+}
+
 static void call_dense_linear(Value* stack, uint64_t, uint64_t) {
   Tensor x = take_tensor(stack[0]), weight = take_tensor(stack[1]);
   std::vector<Tensor> biases = take_tensors(stack[2]);
@@ -535,8 +601,7 @@ static void call_dense_linear(Value* stack, uint64_t, uint64_t) {
 static void call_decode_attention(Value* stack, uint64_t, uint64_t) {
   Tensor query = take_tensor(stack[0]), key = take_tensor(stack[1]);
   Tensor value = take_tensor(stack[2]), mask = take_tensor(stack[3]);
-  double scale;
-  std::memcpy(&scale, &stack[4], sizeof scale);
+  const double scale = take_double(stack[4]);
   stack[0] =
       decode_attention(std::move(query), key, value, std::move(mask), scale).release();
 }
@@ -576,6 +641,8 @@ WINA_EXPORT const char* wina_register(void* (*find)(const char*)) {
       torch.torch_library_impl(library, "sparse_linear", call_linear, abi_version) ||
       torch.torch_library_impl(library, "sparse_linears", call_linears, abi_version) ||
       torch.torch_library_impl(library, "sparse_gated_mlp", call_gated_mlp, abi_version) ||
+      torch.torch_library_impl(library, "fused_linears", call_fused_linears, abi_version) ||
+      torch.torch_library_impl(library, "fused_gated_mlp", call_fused_gated_mlp, abi_version) ||
       torch.torch_library_impl(library, "dense_linear", call_dense_linear, abi_version) ||
       torch.torch_library_impl(library, "decode_attention", call_decode_attention, abi_version))
     return "torch refused the operators";
