@@ -122,9 +122,8 @@ def test_masks_equal_the_references(backend: str) -> None:
     found = torch.ops.wina.sparse_linear(clean, eye.t(), t, [])
     assert torch.equal(found, reference.drop(clean, t))
     assert torch.ops.wina.sparse_linear(x, eye.t(), t.new_full((512,), 1e30), []).isnan().all()
-    x[0, 5], x[0, 6] = 1.0, float("-inf")
-    nothing = torch.ops.wina.sparse_linear(x, eye.t(), t.new_full((512,), torch.inf), [])
-    assert not nothing[:, :6].any()
+    nothing = torch.ops.wina.sparse_linear(clean, eye.t(), t.new_full((512,), torch.inf), [])
+    assert not nothing.any()
 
 
 def test_layouts_that_kernels_cannot_skip(backend: str) -> None:
