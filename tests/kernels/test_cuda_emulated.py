@@ -86,9 +86,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[..., None
     def use(*tensors: Tensor | None) -> None:
         given = [t for t in tensors if t is not None]
 
-        def kernel(
-            source: str, name: str, macros: Any, device: int, threads: int
-        ) -> Emulated:
+        def kernel(source: str, name: str, macros: Any, device: int, threads: int) -> Emulated:
             library = build(folder, source, name, macros)
             return Emulated(library, dict(macros).get("CLUSTER", 1), threads, given)
 
@@ -121,7 +119,7 @@ def test_rows(emulate: Callable[..., None], name: str, dtype: torch.dtype) -> No
     config = CONFIGS[name]
     torch.manual_seed(len(name))
     for tokens in (1, 3):
-        for inputs, outputs in (((264, 120), (8, 8)) if tokens == 1 else ((136, 72),)):
+        for inputs, outputs in ((264, 120), (8, 8)) if tokens == 1 else ((136, 72),):
             x, w = torch.randn(tokens, inputs).to(dtype), weight(inputs, outputs, dtype)
             bias = torch.randn(outputs).to(dtype)
             for level in (0.0, 1.0, float("inf")):
@@ -161,9 +159,7 @@ def test_norm_residual_and_several_projections(
 
 @pytest.mark.parametrize("loads", [0, 1, 2])
 @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.1, 0.9), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
-def test_gated(
-    emulate: Callable[..., None], shares: tuple[float, float], loads: int
-) -> None:
+def test_gated(emulate: Callable[..., None], shares: tuple[float, float], loads: int) -> None:
     """Both lists in one walk, of like and unlike lengths, also empty."""
     torch.manual_seed(loads)
     dtype, inputs, outputs = torch.float32, 404, 44

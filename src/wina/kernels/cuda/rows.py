@@ -168,9 +168,7 @@ def rows(
     width, gated = 16 // size, activation is not None
     tokens = x.numel() // inputs
     compiled_for = next(number for number in TOKENS if number >= tokens)
-    macros = macros_of(
-        config, x.dtype, inputs, compiled_for, gated=gated, norm=norm is not None
-    )
+    macros = macros_of(config, x.dtype, inputs, compiled_for, gated=gated, norm=norm is not None)
     device = x.device.index or 0
     run = kernel("rows.cu", "wina_rows", mapping(macros), device, config.threads)
     columns = config.lanes * width
