@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from wina.kernels.absorb import absorb
 from wina.kernels.backends import available_backends
+from wina.kernels.dense import use_dense
 
 LINEAR = torch.ops.wina.sparse_linear
 ADD = {operator.add, torch.add}
@@ -46,6 +47,7 @@ def fuse(module: GraphModule) -> GraphModule:
     for group in groups.values():
         _fuse_group(group, order)
     if _has_fused(module):
+        use_dense(module)
         absorb(module)
     module.graph.lint()
     module.recompile()

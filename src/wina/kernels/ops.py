@@ -143,17 +143,19 @@ def _unpack(biases: list[Tensor], count: int) -> list[Tensor | None]:
     return [bias if bias.numel() else None for bias in biases] or [None] * count
 
 
-def _linear(x: Tensor, weight: Tensor, thresholds: Tensor, bias: list[Tensor]) -> Tensor:
+def reference_linear(x: Tensor, weight: Tensor, thresholds: Tensor, bias: list[Tensor]) -> Tensor:
+    """Compute ``sparse_linear`` in plain torch, arguments as the operator's."""
     return reference.sparse_linear(x, weight, thresholds, *_unpack(bias, 1))
 
 
-def _linears(
+def reference_linears(
     x: Tensor, weights: list[Tensor], thresholds: list[Tensor], biases: list[Tensor]
 ) -> list[Tensor]:
+    """Compute ``sparse_linears`` in plain torch, arguments as the operator's."""
     return reference.sparse_linears(x, weights, thresholds, _unpack(biases, len(weights)))
 
 
-def _gated_mlp(
+def reference_gated_mlp(
     x: Tensor,
     gate: Tensor,
     up: Tensor,
@@ -164,6 +166,7 @@ def _gated_mlp(
     activation: str,
     biases: list[Tensor],
 ) -> Tensor:
+    """Compute ``sparse_gated_mlp`` in plain torch, arguments as the operator's."""
     thresholds = (gate_thresholds, up_thresholds, down_thresholds)
     return reference.sparse_gated_mlp(
         x, gate, up, down, *thresholds, activation, *_unpack(biases, 3)
@@ -251,9 +254,9 @@ def _fake_attention(
 
 def _define() -> None:
     implementations: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
-        "sparse_linear": (_linear, _fake_linear),
-        "sparse_linears": (_linears, _fake_linears),
-        "sparse_gated_mlp": (_gated_mlp, _fake_gated_mlp),
+        "sparse_linear": (reference_linear, _fake_linear),
+        "sparse_linears": (reference_linears, _fake_linears),
+        "sparse_gated_mlp": (reference_gated_mlp, _fake_gated_mlp),
         "fused_linears": (_fused_linears, _fake_fused_linears),
         "fused_gated_mlp": (_fused_gated_mlp, _fake_fused_mlp),
         "dense_linear": (_dense, _fake_dense),

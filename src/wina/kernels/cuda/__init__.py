@@ -15,7 +15,7 @@ from wina.kernels.cuda.attention import decode_attention
 from wina.kernels.cuda.gate import gate
 from wina.kernels.cuda.table import config_for
 
-__all__ = ["decode_attention", "gated_mlp", "linears", "load"]
+__all__ = ["decode_attention", "gated_mlp", "linears", "load", "skips"]
 
 CAPABILITY = (9, 0)  # clusters of blocks, and launches that overlap
 
@@ -33,6 +33,11 @@ def load() -> str | None:
     except ImportError:
         return "cuda-bindings is not installed (extra gpu)"
     return None
+
+
+def skips(x: Tensor, outputs: Sequence[int], gated: bool) -> bool:
+    """Return whether rows are skipped for this many rows of x; else a dense product serves."""
+    return config_for(x, outputs, gated) is not None
 
 
 def linears(
