@@ -37,6 +37,7 @@ MODELS = {
     "phi-4": (5120, 17920, 5120, 1280),
 }
 EPSILON = 1e-5
+DEVICE = torch.device("cuda")
 
 
 @dataclass
@@ -110,18 +111,18 @@ class Bench:
     """One operation's tensors and ways to compute it."""
 
     def __init__(self, op: Op, tokens: int, dtype: torch.dtype, live: float) -> None:
-        cache = torch.cuda.get_device_properties("cuda").L2_cache_size
+        cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size
         self.op = op
         self.copies = max(2, math.ceil(CACHES * cache / (op.weights * dtype.itemsize * live)))
         inputs = op.shapes[0][0]
-        self.x = [torch.randn(tokens, inputs, device="cuda").to(dtype) for _ in range(self.copies)]
-        self.norm = torch.ones(inputs, device="cuda", dtype=dtype)
-        self.residual = torch.randn(tokens, op.shapes[-1][1], device="cuda").to(dtype)
+        self.x = [torch.randn(tokens, inputs, device=DEVICE).to(dtype) for _ in range(self.copies)]
+        self.norm = torch.ones(inputs, device=DEVICE, dtype=dtype)
+        self.residual = torch.randn(tokens, op.shapes[-1][1], device=DEVICE).to(dtype)
         self.weights = [
-            [torch.randn(a, b, device="cuda", dtype=dtype).mul_(a**-0.5).t() for a, b in op.shapes]
+            [torch.randn(a, b, device=DEVICE, dtype=dtype).mul_(a**-0.5).t() for a, b in op.shapes]
             for _ in range(self.copies)
         ]
-        self.thresholds = [torch.zeros(a, device="cuda") for a, _ in op.shapes]
+        self.thresholds = [torch.zeros(a, device=DEVICE) for a, _ in op.shapes]
 
     def drop(self, sparsity: float) -> None:
         for vector in self.thresholds:
@@ -170,7 +171,7 @@ class Bench:
 
 def read_bandwidth() -> float:
     """Return bytes a second of a plain read of 4 GiB."""
-    block = torch.ones(1 << 30, device="cuda")
+    block = torch.ones(1 << 30, device=DEVICE)
     times = []
     for _ in range(12):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -224,6 +225,8 @@ def tune_all(models: list[str], options: argparse.Namespace) -> dict[str, object
     """Tune the shapes of models; write the table and return all that was timed."""
     found: dict[str, Config | None] = {}
     tried: list[dict[str, object]] = []
+    kind, path = device_kind(0), Path(options.tune)
+    report: dict[str, object] = {}
 
     def log(key: str, config: Config, times: dict[float, float]) -> None:
         tried.append({"shape": key, **asdict(config), "us": times})
@@ -233,11 +236,11 @@ def tune_all(models: list[str], options: argparse.Namespace) -> dict[str, object
             for shape in shapes(model)[: options.shapes]:
                 for tokens in map(int, options.tuned_tokens.split(",")):
                     found[shape.key(tokens, dtype)] = tune(shape, tokens, dtype, log=log)
-    kind = device_kind(0)
+                    entries = {k: None if one is None else asdict(one) for k, one in found.items()}
+                    report = {"table": {kind: entries}, "tried": tried}
+                    path.write_text(json.dumps(report, indent=1), encoding="utf-8")
     remember(kind, found)
-    table = {kind: {key: None if one is None else asdict(one) for key, one in found.items()}}
-    Path(options.tune).write_text(json.dumps(table, indent=1, sort_keys=True), encoding="utf-8")
-    return {"tried": tried, "table": table}
+    return report
 
 
 def numbers(text: str) -> list[float]:
@@ -254,7 +257,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backends", default="auto", help="auto, cuda or triton, by comma")
     parser.add_argument("--replays", type=int, default=100)
     parser.add_argument("--quick", action="store_true", help="fewer replays")
-    parser.add_argument("--tune", metavar="FILE", help="tune first; write the table there")
+    parser.add_argument("--tune", metavar="FILE", help="tune first; write what was found there")
     parser.add_argument("--tuned-tokens", default="1", help=f"of {TOKENS}, by comma")
     parser.add_argument("--shapes", type=int, default=None, help="tune only the first so many")
     parser.add_argument("--json", metavar="FILE", help="write all figures there; - prints them")

@@ -8,20 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.helpers import make_plan
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-import wina
-from wina.bench import BenchSettings, bench
-from wina.generation import Decoder
 from wina.kernels import available_backends, decode_attention, reference, use_backend
 from wina.kernels.cuda import table
 from wina.kernels.cuda.rows import Config, rows
 from wina.kernels.cuda.tune import Shape, tune
-from wina.layers import lay_out_for_decode
-from wina.plan import Plan
 
 pytestmark = pytest.mark.gpu
 
@@ -202,6 +195,34 @@ def test_launches_that_overlap_wait_for_each_other() -> None:
             assert all(map(torch.equal, found, wanted))
 
 
+@pytest.mark.skipif("cuda" not in GPU, reason="the CUDA backend does not run here")
+@pytest.mark.parametrize("loads", [0, 1, 2])
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_small_for_sanitizers(loads: int, cluster: int) -> None:
+    """Little of everything: compute-sanitizer python -m pytest -m gpu -k for_sanitizers."""
+    torch.manual_seed(loads)
+    dtype = torch.bfloat16
+    config = Config(4, 16, unroll=2, cluster=cluster, loads=loads)
+    for tokens in (1, 3):
+        x = torch.randn(tokens, 264, device="cuda").to(dtype)
+        w, t = [weight(264, 72, dtype) for _ in range(2)], [torch.rand(264, device="cuda")] * 2
+        norm, residual = torch.ones(264, device="cuda", dtype=dtype), x[:, :72].contiguous()
+        found = rows(x, w, t, [None, None], config, residual=residual)
+        wanted = reference.fused_linears(x, None, 0.0, w, t, None, residual)
+        for one, other in zip(found, wanted, strict=True):
+            assert_close(one, other, **TOLERANCE[dtype])
+        rows(x, w, t, [None, None], config, activation="gelu", norm=norm, epsilon=1e-5)
+    query = torch.randn(1, 4, 1, 64, device="cuda").to(dtype)
+    cache = torch.randn(2, 1, 2, 300, 64, device="cuda").to(dtype)
+    mask = (torch.arange(300, device="cuda") < 200)[None, None, None]
+    with use_backend("cuda"):
+        found = decode_attention(query, cache[0], cache[1], mask, 0.125)
+        x = torch.randn(9, 264, device="cuda").to(dtype)
+        torch.ops.wina.sparse_linear(x, w[0], t[0], [])
+    wanted = reference.decode_attention(query, cache[0], cache[1], mask, 0.125)
+    assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+
+
 def test_masks_equal_the_references(backend: str) -> None:
     # With W = 1 the output is the masked input itself.
     x = torch.randn(1, 512, device="cuda").bfloat16()
@@ -273,68 +294,6 @@ def test_opcheck_and_capture(backend: str) -> None:
         assert torch.equal(y, first)
         again = torch.ops.wina.sparse_linear(first, w[:, :48], t[:48].contiguous(), [])
         assert torch.equal(z, again)
-
-
-def small_model() -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.1,
-    )
-    return LlamaForCausalLM(config).eval().cuda()
-
-
-@pytest.mark.parametrize("batch", [1, 8])
-def test_a_model_decodes_the_references_text(backend: str, batch: int) -> None:
-    """Compiled, fused and captured, in float32: the greedy tokens of the plain kernels."""
-    model = small_model()
-    wina.sparsify(model, make_plan(model, 0.5), check=False)
-    prompt = torch.randint(300, (batch, 7), generator=torch.Generator().manual_seed(1)).cuda()
-    texts = []
-    for name, mode in (("reference", "eager"), (backend, "compiled")):
-        if name == backend:
-            lay_out_for_decode(model)
-        with use_backend(name):
-            decoder = Decoder(model, 40, batch=batch, mode=mode)
-            decoder.prefill(prompt)
-            tokens = []
-            for _ in range(24):
-                decoder.step()
-                tokens.append(decoder.token[:, 0].tolist())
-        texts.append(tokens)
-        assert mode == "eager" or (decoder.mode == "compiled" and decoder._graph is not None)
-    assert texts[0] == texts[1]
-
-
-def plan_of(model: PreTrainedModel) -> Callable[[float], Plan]:
-    def make(target: float) -> Plan:
-        plan = make_plan(model, target)
-        document = plan.document.model_copy(update={"target_sparsity": target})
-        return replace(plan, document=document)
-
-    return make
-
-
-def test_the_benchmark() -> None:
-    model = small_model()
-    settings = BenchSettings(
-        sparsities=(0.0, 0.3, 0.6),
-        context=40,
-        rounds=2,
-        tokens=4,
-        baselines=("own-compiled", "hf-eager"),
-        compare_tokens=6,
-    )
-    report = bench(model, plan_of(model), settings, name="tiny", method="wina")
-    assert [one.same_text for one in report.results] == [True] * 3
-    assert report.results[0].realized_sparsity == 0
-    assert report.results[1].realized_sparsity < report.results[2].realized_sparsity
 
 
 @pytest.mark.skipif("cuda" not in GPU, reason="the CUDA backend does not run here")

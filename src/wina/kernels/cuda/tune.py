@@ -22,6 +22,7 @@ from wina.kernels.cuda.compile import compiled, mapping
 from wina.kernels.cuda.table import MOST_SHARED, rule, shape_key
 from wina.progress import note
 
+DEVICE = torch.device("cuda")
 LAUNCHES = 16  # of a graph, at least
 REPLAYS = 15
 CACHES = 4  # times the second-level cache that the live rows of all sets exceed
@@ -78,7 +79,7 @@ class Trial:
             dtype: of x and the weights.
             live: the smallest share of the rows that a launch reads.
         """
-        device = torch.device("cuda")
+        device = DEVICE
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         size = shape.weights * dtype.itemsize
         self.shape, self.dtype = shape, dtype
@@ -238,7 +239,7 @@ def tune(
         sparsities: a configuration is judged by the sum of its times at these.
         log: called with the shape's key, each configuration and its times in microseconds.
     """
-    units = torch.cuda.get_device_properties("cuda").multi_processor_count
+    units = torch.cuda.get_device_properties(DEVICE).multi_processor_count
     trial = Trial(shape, tokens, dtype, 1 - max(sparsities))
     key = shape.key(tokens, dtype)
     seen: dict[rows.Config, float] = {}
