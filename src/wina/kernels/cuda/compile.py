@@ -35,7 +35,7 @@ class Kernel:
 
         self.threads, self.cluster = threads, cluster
         self._function = function
-        self._shared = 32 << 10  # what needs no leave, less what the kernels declare themselves
+        self._shared = 0  # bytes that were asked for so far
         self._config = config = driver.CUlaunchConfig()
         config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
         config.blockDimX = threads
