@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from wina.errors import UsageError, WinaError
 from wina.files import cached, replacing_folder
+from wina.models.families import families
 
 DEMO = "demo"
 TOKENIZER = "tokenizer.json"
@@ -72,6 +73,7 @@ def load_model(
     place = resolve_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"unsupported dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
+    list(families)  # packages with families of their own may make Transformers know their models
     name, folder, gguf = _locate(source)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if gguf is not None:
@@ -133,6 +135,7 @@ def _converted(gguf: Path) -> Path | None:
 
 def load_config(source: str | None = None, revision: str | None = None) -> Any:
     """Return a model's config, from what ``load_model`` takes or a config.json; no weights."""
+    list(families)  # as in load_model
     if source is not None and source.endswith(".json"):
         name, folder, gguf = source, source, None
     else:
