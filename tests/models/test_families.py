@@ -180,13 +180,21 @@ def test_most_families_need_no_spec() -> None:
     assert family_of(nn.Linear(1, 1)).name == ""
 
 
+BY_LAYER = {"per_layer_input_gate", "per_layer_projection"}
+
+
 @pytest.mark.parametrize("case", cases.DENSE, ids=lambda case: case.name)
 def test_kinds_are_common_ones(case: Case) -> None:
     if case.refused:
         pytest.skip(case.refused)
     common = {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"}
     common |= {"gate_proj", "up_proj", "gate_up_proj", "down_proj"}
-    own = {"in_proj", "out_proj"} if case.model_type == "lfm2" else set()
+    own = {
+        "lfm2": {"in_proj", "out_proj"},
+        "qwen3_5_text": {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"},
+        "gemma3n_text": {"linear_left", "linear_right"} | BY_LAYER,
+        "gemma4_text": BY_LAYER,
+    }.get(case.model_type, set())
     assert {site.kind for site in find_sites(cases.make(case))} <= common | own
 
 
