@@ -2,6 +2,7 @@
 
     python benchmarks/startup.py --config llama-3-8b --device meta
     python benchmarks/startup.py --config llama-3.2-1b
+    python benchmarks/startup.py --config llama-3-8b --blocks 8
 
 Weights are random, thresholds too. Each step's peak is the most memory that the process held
 during it, beyond what it held before (Linux alone counts that).
@@ -9,6 +10,7 @@ during it, beyond what it held before (Linux alone counts that).
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable
@@ -25,9 +27,18 @@ from wina.plan import ModelIdentity, Plan, PlanDocument, PlannedLinear
 MEMORY = Path("/proc/self/status")
 
 
-def main(config: str = "llama-3.2-1b", device: str = "cpu", dtype: str = "bfloat16") -> None:
-    """Build the model, apply a plan, lay weights out for decoding; print one JSON object."""
-    CONFIGS.get(config)
+def main(
+    config: str = "llama-3.2-1b", device: str = "cpu", dtype: str = "bfloat16", blocks: int = 0
+) -> None:
+    """Build the model, apply a plan, lay weights out for decoding; print one JSON object.
+
+    With --blocks the model has only its first blocks, where memory is short.
+    """
+    if blocks:
+        cut = copy.deepcopy(CONFIGS.get(config))
+        cut.num_hidden_layers = blocks
+        config = f"{config}, {blocks} of {CONFIGS.get(config).num_hidden_layers} blocks"
+        CONFIGS.add(config, cut)
     begin = time.perf_counter()
     model = random_model(config, getattr(torch, dtype), torch.device(device))
     built = time.perf_counter() - begin
