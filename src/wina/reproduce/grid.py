@@ -19,6 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from wina.allocation.build import versions
 from wina.calibration import Calibration, CalibrationSettings, FileText, SelfText, calibrate
@@ -214,7 +215,7 @@ def _fill_side_by_side(
         jobs.setdefault((source, method.name), []).append((sparsity, seed))
     sources = dict.fromkeys(source for source, _ in jobs)
     shared = (output, sparsities, settings, device)
-    with multiprocessing.get_context("spawn").Pool(processes, hide_bars) as pool:
+    with multiprocessing.get_context("spawn").Pool(processes, _be_quiet) as pool:
         pool.starmap(_work, [(source, None, [], *shared) for source in sources])
         runs = [
             pool.apply_async(_work, (source, name, cells, *shared), callback=advance)
@@ -222,6 +223,13 @@ def _fill_side_by_side(
         ]
         for run in runs:
             run.get()
+
+
+def _be_quiet() -> None:
+    """Leave bars to the process that started this one."""
+    hide_bars()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
 
 
 def _work(
