@@ -48,6 +48,9 @@ def reproduce(
     fill: Annotated[
         bool, typer.Option(help="Fill the grid; or report on the cells that are there.")
     ] = True,
+    processes: Annotated[
+        int, typer.Option(help="That fill it side by side, each with a model of its own.")
+    ] = 1,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     seeds: Annotated[
@@ -83,7 +86,9 @@ def reproduce(
     )
     wanted = names.split(",") if names else list(methods)
     references = [methods.get(name).name for name in reference.split(",")]
-    cells = run_grid(output, models.split(","), wanted, targets, settings, device, chosen, fill)
+    cells = run_grid(
+        *(output, models.split(","), wanted, targets, settings, device, chosen, fill, processes)
+    )
     paths = write_report(output, cells, references, plots=plots)
     if as_json:
         options.print_json({"cells": [cell.model_dump(mode="json") for cell in cells]})

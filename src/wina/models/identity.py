@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from wina.layers.foreign import plain_weight
@@ -34,7 +36,9 @@ CONFIG_KEYS = (
     "hidden_act",
     "tie_word_embeddings",
 )
-SMALLEST_NORMAL_FLOAT16 = 2.0**-14
+LARGEST_ZEROED = 2.0**-14 * (1 - 2.0**-8)  # the bfloat16 below float16's smallest normal number
+CHUNK = 1 << 20  # values
+THREADS = min(16, os.cpu_count() or 1)
 
 
 def identify(model: PreTrainedModel, name: str, revision: str | None = None) -> ModelIdentity:
@@ -77,7 +81,7 @@ def _weights_hash(model: nn.Module) -> str:
             for name, buffer in model.named_buffers()
             if name.rpartition(".")[0] in kept and name not in ours
         )
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         digests = pool.map(_digest, (tensor for _, tensor in tensors))
     total = hashlib.sha256()
     for (name, tensor), digest in zip(tensors, digests, strict=True):
@@ -94,8 +98,7 @@ def _digest(tensor: torch.Tensor) -> str:
     if not tensor.is_floating_point():
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
-    for chunk in torch.split(tensor.detach().flatten(), 1 << 24):
-        rounded = chunk.to(torch.bfloat16)
-        rounded = torch.where(rounded.abs() < SMALLEST_NORMAL_FLOAT16, 0, rounded)
-        digest.update(rounded.cpu().view(torch.int16).numpy().tobytes())
+    for chunk in torch.split(tensor.detach().flatten(), CHUNK):
+        rounded = functional.hardshrink(chunk.to(torch.bfloat16).cpu(), LARGEST_ZEROED)
+        digest.update(rounded.view(torch.int16).numpy().data)
     return digest.hexdigest()
