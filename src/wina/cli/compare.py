@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from wina.cli import options
@@ -38,12 +39,14 @@ def compare(
 
 def _show(found: Comparison) -> None:
     console = Console()
+    for name, source in (("first", found.first), ("second", found.second)):
+        console.print(f"{name}: {escape(source)}", highlight=False, soft_wrap=True)
     if found.settings:
-        table = Table("set otherwise", found.first, found.second)
+        table = Table("set otherwise", "first", "second")
         for name, pair in found.settings.items():
-            table.add_row(name, *pair)
+            table.add_row(name, *map(escape, pair))
         console.print(table)
-    table = Table("plan", "", found.first, found.second, "difference")
+    table = Table("plan", "", "first", "second", "difference")
     for plan in found.plans:
         for number, change in enumerate(plan.changes):
             difference = "" if change.difference is None else _number(change.difference, True)

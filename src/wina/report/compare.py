@@ -97,9 +97,7 @@ def compare_runs(first: Run, second: Run) -> Comparison:
     """Compare two runs, window by window and question by question where they scored the same."""
     rows = [_quality_rows(run) for run in (first, second)]
     tasks = [_task_rows(run) for run in (first, second)]
-    keys: dict[Key, None] = {}
-    for part in (*rows, *tasks):
-        keys |= dict.fromkeys(part)
+    keys = list(dict.fromkeys([*rows[0], *rows[1], *tasks[0], *tasks[1]]))
     same_text = _same_text(first, second)
     found = [PlanChanges(plan="dense", changes=_dense(first, second))]
     for key in keys:
@@ -208,7 +206,7 @@ def _quality(
         difference = means[1] - means[0]
         changes.append(
             Change(
-                name="negative log likelihood",
+                name="NLL, nats a token",
                 first=means[0],
                 second=means[1],
                 difference=difference,

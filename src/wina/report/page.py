@@ -56,7 +56,7 @@ def render(report: Report) -> str:
     """Return the page, self-contained: no script, nothing fetched, light and dark."""
     plots.check_plots()
     template = _environment().get_template("page.html")
-    return template.render(
+    page = template.render(
         report=report,
         css=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
         names=[plan.name for plan in report.plans],
@@ -70,8 +70,10 @@ def render(report: Report) -> str:
         table=table(report),
         tasks=_task_rows(report.tasks),
         operators=_operator_rows(report),
+        gains=_operator_gains(report),
         use=use(report),
     )
+    return page.replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 @cache
@@ -98,6 +100,12 @@ def percent(value: float, digits: int = 1, sign: bool = False) -> str:
     return f"{100 * value:{'+' if sign else ''}.{digits}f} %".replace("-", MINUS)
 
 
+def megabytes(size: float) -> str:
+    """Return a number of bytes in megabytes, without the unit."""
+    mega = size / 1e6
+    return f"{mega:.1f}" if mega >= 10 else f"{mega:.3g}"
+
+
 def _upper(value: float | None) -> str:
     return (
         "too few windows for a bound" if value is None else f"at most {percent(value, sign=True)}"
@@ -113,7 +121,7 @@ def tiles(report: Report) -> list[Tile]:
         Tile(
             "bytes a token",
             percent(row.bytes / row.dense_bytes - 1, sign=True),
-            f"{row.bytes / 1e6:.1f} MB instead of {row.dense_bytes / 1e6:.1f}",
+            f"{megabytes(row.bytes)} MB instead of {megabytes(row.dense_bytes)}",
         ),
     ]
     best = dense_speed(report)
@@ -193,7 +201,7 @@ def _qualities(report: Report) -> list[tuple[str, str, Measure]]:
             "Agreement",
             "How often both models put the same token first.",
             Measure(
-                Axis("same first token", True, unit=" %"),
+                Axis("same first token", True, unit=" %", limits=(0, 100)),
                 100.0,
                 [100 * x.top1_agreement for x in rows],
             ),
@@ -207,7 +215,7 @@ def _qualities(report: Report) -> list[tuple[str, str, Measure]]:
         ]
         errors = [100 * ((m and m.difference_stderr) or 0.0) for m in metrics]
         measure = Measure(
-            Axis(f"{task}, {name.partition(',')[0]}", dense_metric.higher_is_better, unit=" %"),
+            Axis(name.partition(",")[0], dense_metric.higher_is_better, unit=" %", limits=(0, 100)),
             100 * dense_metric.value,
             [None if m is None else 100 * m.value for m in metrics],
             [(error, error) for error in errors],
@@ -282,10 +290,14 @@ def _short(name: str) -> str:
     return " ".join(name.split(" ")[-2:])
 
 
-def _legend(report: Report) -> list[tuple[str, int]]:
+def _legend(report: Report) -> list[tuple[str, int, str]]:
     points = [Point(number, 0.0, 0.0) for number in range(len(report.plans))]
     found = plots.series_of(report.quality, points)
-    return [(one.name, number % len(plots.SERIES) + 1) for number, one in enumerate(found)]
+    count = len(plots.SERIES)
+    return [
+        (one.name, number % count + 1, plots.SHAPES[number % count])
+        for number, one in enumerate(found)
+    ]
 
 
 def _maps(report: Report) -> list[Figure]:
@@ -319,8 +331,8 @@ def table(report: Report) -> dict[str, Any]:
         ("not touched", "0.0 %", lambda _, x: percent(x.sparsity)),
         (
             "MB a token",
-            f"{quality.results[0].dense_bytes / 1e6:.1f}",
-            lambda _, x: f"{x.bytes / 1e6:.1f}",
+            megabytes(quality.results[0].dense_bytes),
+            lambda _, x: megabytes(x.bytes),
         ),
     ]
     speed = report.speed
@@ -396,6 +408,28 @@ def _operator_rows(report: Report) -> list[list[str]]:
                 percent(gbps / roof, 0),
             ]
         )
+    return rows
+
+
+def _operator_gains(report: Report) -> list[list[str]]:
+    """Return what the plan that the page speaks of gains in each operator."""
+    if report.operators is None:
+        return []
+    roof, number = report.operators.read_bandwidth_gbps, shown(report)
+    rows = []
+    for x in report.operators.operators:
+        dense = next(y for y in report.operators.operators if y.kind == x.kind and y.plan is None)
+        if x.plan == number:
+            rows.append(
+                [
+                    x.kind,
+                    f"{dense.microseconds:.1f}",
+                    f"{x.microseconds:.1f}",
+                    f"{dense.microseconds / x.microseconds:.2f} {TIMES}",
+                    f"{dense.bytes / x.bytes:.2f} {TIMES}",
+                    percent(x.bytes / x.microseconds / 1e3 / roof, 0),
+                ]
+            )
     return rows
 
 

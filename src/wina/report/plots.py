@@ -34,7 +34,8 @@ VARIABLES = {
 }
 SERIES = tuple(f"#0a0c{n:02x}" for n in range(1, 9))
 VARIABLES |= {colour: f"series-{number}" for number, colour in enumerate(SERIES, 1)}
-MARKERS = "osD^vP*X"
+MARKERS = "os^vP*Xd"
+SHAPES = "●■▲▼✚★✖♦"  # the same, for legends
 RIDGES = 7  # blocks whose histograms are drawn, evenly over the depth
 STYLE = {
     "svg.fonttype": "none",
@@ -101,6 +102,7 @@ class Axis:
     higher_is_better: bool
     logarithmic: bool = False
     unit: str = ""
+    limits: tuple[float, float] | None = None  # beyond which nothing can lie
 
 
 def check_plots() -> None:
@@ -148,11 +150,11 @@ def pareto(
         values = [dense[1], *(p.y for p in points), *(p.y + p.error[1] for p in points)]
         _scale(axes, y, values)
         across = [p.x for p in points] + ([] if dense[0] is None else [dense[0]])
-        margin = 0.1 * (max(across) - min(across) or 1)
-        axes.set_xlim(min(across) - margin, max(across) + 1.3 * margin)
+        margin = 0.14 * (max(across) - min(across) or 1)
+        axes.set_xlim(min(across) - margin, max(across) + margin)
         if not x.higher_is_better:
             axes.invert_xaxis()  # better is to the right in every picture
-        _label_points(axes, points, labels, y)
+        _label_points(axes, series[0].points, labels, y)
         axes.set_xlabel(x.label)
         axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:g}{x.unit}"))
@@ -212,20 +214,21 @@ def _scale(axes: Any, y: Axis, values: Sequence[float]) -> None:
         room = 0.12 * (high - low or abs(high) or 1)
         axes.set_ylim(low - room, high + room)
         axes.yaxis.set_major_locator(ticker.MaxNLocator(5))
+        if y.limits is not None:
+            least, most = y.limits
+            ticks = ticker.MaxNLocator(5).tick_values(max(low - room, least), min(high, most))
+            axes.set_yticks([x for x in ticks if least <= x <= most and x >= low - room])
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:.4g}{y.unit}"))
 
 
 def _label_points(axes: Any, points: Sequence[Point], labels: Sequence[str], y: Axis) -> None:
-    """Write each plan's name beside its point, on the side where the line does not go on."""
+    """Write names beside points of the first series, on the side where its line does not go on."""
     above = not y.higher_is_better
-    crowded = len(points) > 5
-    for number, point in enumerate(points):
-        if crowded and number % 2:
-            continue
+    for point in points[:: 2 if len(points) > 6 else 1]:
         axes.annotate(
             labels[point.plan],
             (point.x, point.y),
-            xytext=(-6, 4 if above else -4),
+            xytext=(-7, 3 if above else -3),
             textcoords="offset points",
             ha="right",
             va="bottom" if above else "top",
@@ -308,25 +311,22 @@ def ridges(name: str, kind: str, scores: ScoreHistograms) -> Figure:
     mine = [x for x in scores.histograms if x.kind == kind]
     count = min(RIDGES, len(mine))
     chosen = [mine[round(i * (len(mine) - 1) / max(1, count - 1))] for i in range(count)]
-    ends = scores.edges
-    middles = [math.sqrt(a * b) for a, b in pairwise(ends)]
+    middles = [math.sqrt(a * b) for a, b in pairwise(scores.edges)]
+    below = sum(x < 1 for x in middles)
     peak = max((max(x.shares[1:-1]) for x in chosen), default=1.0) or 1.0
-    with _drawing((2.9, 2.7)) as (figure, axes):
+    with _drawing((2.2, 2.5)) as (figure, axes):
         axes.grid(False)
         tall = 1.55  # of a ridge; the next one begins at 1
         for row, one in enumerate(chosen):
             base = len(chosen) - 1 - row
             heights = [base + tall * min(share, peak) / peak for share in one.shares]
+            cut = (heights[below - 1] + heights[below]) / 2  # at the threshold itself
+            left = [*middles[:below], 1.0], [*heights[:below], cut]
+            right = [1.0, *middles[below:]], [cut, *heights[below:]]
             zorder = 2 + row
-            axes.fill_between(middles, base, heights, color=PAPER, lw=0, zorder=zorder)
-            low = [m <= 1 for m in middles]
-            axes.fill_between(
-                middles, base, heights, color=KEPT, lw=0, zorder=zorder, alpha=0.55,
-                where=[not x for x in low],
-            )  # fmt: skip
-            axes.fill_between(
-                middles, base, heights, where=low, color=ACCENT, alpha=0.75, lw=0, zorder=zorder
-            )
+            for (x, y), colour, alpha in ((left, ACCENT, 0.75), (right, KEPT, 0.5)):
+                axes.fill_between(x, base, y, color=PAPER, lw=0, zorder=zorder)
+                axes.fill_between(x, base, y, color=colour, alpha=alpha, lw=0, zorder=zorder)
             axes.plot(middles, heights, color=INK, linewidth=0.7, zorder=zorder + 0.1)
             for other, place in one.others.items():
                 colour = MARK if other > scores.plan else MUTED
@@ -334,8 +334,9 @@ def ridges(name: str, kind: str, scores: ScoreHistograms) -> Figure:
                     [place, place], [base, base + 0.38], color=colour, linewidth=1.1,
                     zorder=zorder + 0.2, solid_capstyle="round",
                 )  # fmt: skip
+            share = f"{100 * one.dropped:.0f} %"
             axes.text(
-                1.0, base + 0.14, f"{one.dropped:.0%}", fontsize=7.5, ha="right", color=MUTED,
+                1.0, base + 0.14, share, fontsize=7.5, ha="right", color=MUTED,
                 transform=axes.get_yaxis_transform(), zorder=40,
             )  # fmt: skip
         axes.axvline(1, color=INK, linewidth=1, zorder=30)
@@ -346,10 +347,8 @@ def ridges(name: str, kind: str, scores: ScoreHistograms) -> Figure:
         axes.set_ylim(-0.05, len(chosen) + tall - 0.9)
         axes.set_yticks(range(count), [str(x.block) for x in reversed(chosen)], fontsize=8)
         axes.set_title(kind)
-        axes.set_xlabel("score / threshold")
-        axes.set_ylabel("block")
-        for side in ("left",):
-            axes.spines[side].set_visible(False)
+        axes.set_xlabel("score / threshold", fontsize=8)
+        axes.spines["left"].set_visible(False)
         svg = _svg(figure, name)
     said = ", ".join(f"block {x.block} {x.dropped:.0%}" for x in chosen)
     return Figure(name, svg, f"Scores of {kind} over their threshold; dropped: {said}.")
@@ -366,7 +365,7 @@ def rooflines(name: str, found: Roofline, labels: Sequence[str]) -> Figure:
     operators = found.operators
     kinds = list(dict.fromkeys(x.kind for x in operators))
     plans = list(dict.fromkeys(x.plan for x in operators if x.plan is not None))
-    with _drawing((5.4, 3.6)) as (figure, axes):
+    with _drawing((4.7, 3.7)) as (figure, axes):
         from matplotlib import ticker
 
         megabytes = [x.bytes / 1e6 for x in operators]
