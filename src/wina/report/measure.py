@@ -7,7 +7,6 @@ part where it was.
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import os
 import platform
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel
 from wina.allocation.build import versions
 from wina.bench import BenchReport, BenchSettings, bench
 from wina.bench.operators import Roofline, roofline
+from wina.calibration import FileText
 from wina.calibration.collect import Sums, add_scores
 from wina.errors import UsageError
 from wina.evaluation import Evaluation, Limits, evaluate, text_windows
@@ -203,18 +203,11 @@ def make_report(
 
 
 def _fingerprint(loaded: LoadedModel, plans: Sequence[Plan], settings: ReportSettings) -> str:
-    digest = hashlib.sha256()
-    for plan in plans:
-        digest.update(plan.document.model_dump_json().encode())
-        for tensors in (plan.vectors, plan.biases, plan.parts):
-            for name, tensor in sorted(tensors.items()):
-                digest.update(name.encode() + tensor.numpy().tobytes())
-    for path in settings.text:
-        digest.update(path.read_bytes())
     facts = {
         "model": identify(loaded.model, loaded.name).model_dump(),
         "device": str(loaded.model.device),
-        "plans": digest.hexdigest(),
+        "plans": [(plan.document.model_dump(), plan.digest) for plan in plans],
+        "text": FileText(settings.text).describe() if settings.text else "",
         "settings": asdict(settings),
         "versions": versions(),
     }
