@@ -98,8 +98,8 @@ def change_vectors(model: nn.Module, plan: Plan) -> None:
         WinaError: the plan names other linears, holds extras, or chooses in another way.
     """
     layers = dict(sparse_layers(model))
-    selection = {layer.selection for layer in layers.values()}
-    if layers.keys() != plan.vectors.keys() or selection != {"threshold"} or plan.parts:
+    selections = {plan.document.selection, *(layer.selection for layer in layers.values())}
+    if layers.keys() != plan.vectors.keys() or selections != {"threshold"} or plan.parts:
         raise WinaError("only the thresholds of the same linears can be changed in place")
     for name, layer in layers.items():
         device = layer.vector.device
