@@ -154,7 +154,7 @@ def report(
             "threshold",
             include_head,
         )
-        how = "the most sparse whose 95 % upper bound keeps it on held-out text, by bisection"
+        how = "the highest sparsity whose 95 % upper bound keeps it on held-out text (bisection)"
         recommended = made, how
     result = make_report(
         loaded,

@@ -86,6 +86,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["svg"] = lambda figure: Markup(figure.svg)
+    environment.filters["seen"] = seen
     return environment
 
 
@@ -98,6 +99,15 @@ def shown(report: Report) -> int:
 def percent(value: float, digits: int = 1, sign: bool = False) -> str:
     """Return a share as per cent, with a true minus sign."""
     return f"{100 * value:{'+' if sign else ''}.{digits}f} %".replace("-", MINUS)
+
+
+def seen(token: str) -> tuple[str, str, str]:
+    """Return a token's white space before it, what can be seen of it, and what follows."""
+    bare = token.strip()
+    if not bare:  # white space alone, or the end of the text
+        return "", {"": "⏹", "\n": "⏎"}.get(token, "␣"), token
+    before, _, after = token.partition(bare)
+    return before, bare, after
 
 
 def megabytes(size: float) -> str:

@@ -156,7 +156,7 @@ def pareto(
             axes.invert_xaxis()  # better is to the right in every picture
         _label_points(axes, series[0].points, labels, y)
         axes.set_xlabel(x.label)
-        axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:g}{x.unit}"))
         svg = _svg(figure, name)
     said = "; ".join(f"{labels[p.plan]}: {p.y:.4g} at {p.x:.4g}{x.unit}" for p in points)
@@ -224,13 +224,15 @@ def _scale(axes: Any, y: Axis, values: Sequence[float]) -> None:
 def _label_points(axes: Any, points: Sequence[Point], labels: Sequence[str], y: Axis) -> None:
     """Write names beside points of the first series, on the side where its line does not go on."""
     above = not y.higher_is_better
+    first, last = axes.get_xlim()
     for point in points[:: 2 if len(points) > 6 else 1]:
+        edge = (point.x - first) / (last - first) < 0.2  # where there is no room on the left
         axes.annotate(
             labels[point.plan],
             (point.x, point.y),
-            xytext=(-7, 3 if above else -3),
+            xytext=(9 if edge else -7, 3 if above else -3),
             textcoords="offset points",
-            ha="right",
+            ha="left" if edge else "right",
             va="bottom" if above else "top",
             fontsize=8,
             color=MUTED,
@@ -336,7 +338,7 @@ def ridges(name: str, kind: str, scores: ScoreHistograms) -> Figure:
                 )  # fmt: skip
             share = f"{100 * one.dropped:.0f} %"
             axes.text(
-                1.0, base + 0.14, share, fontsize=7.5, ha="right", color=MUTED,
+                1.03, base, share, fontsize=7.5, ha="left", va="center", color=MUTED,
                 transform=axes.get_yaxis_transform(), zorder=40,
             )  # fmt: skip
         axes.axvline(1, color=INK, linewidth=1, zorder=30)
@@ -387,11 +389,14 @@ def rooflines(name: str, found: Roofline, labels: Sequence[str]) -> Figure:
                 markerfacecolor=colour if sparse else PAPER, markeredgecolor=colour,
                 markeredgewidth=1.2,
             )  # fmt: skip
-        for kind in kinds:
-            last = max((x for x in operators if x.kind == kind), key=lambda x: x.bytes)
+        dense = [x for x in operators if x.plan is None]
+        for size in dict.fromkeys(x.bytes for x in dense):  # of one size lie close together
+            alike = [x for x in dense if x.bytes == size]
             axes.annotate(
-                kind.removesuffix("_proj"), (last.bytes / 1e6, last.microseconds),
-                xytext=(5, 5), textcoords="offset points", fontsize=8, color=MUTED,
+                ", ".join(x.kind.removesuffix("_proj") for x in alike),
+                (size / 1e6, max(x.microseconds for x in alike)),
+                xytext=(0, 7), textcoords="offset points", fontsize=8, color=MUTED,
+                ha="right" if size == max(x.bytes for x in dense) else "center",
             )  # fmt: skip
         axes.set(xscale="log", yscale="log", xlim=(low, high * 1.15))
         axes.set_ylim(bottom, max(max(x.microseconds for x in operators), roof[1]) * 1.5)
