@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from wina.allocation.build import versions
 from wina.calibration import Calibration, CalibrationSettings, FileText, SelfText, calibrate
 from wina.calibration.text import check_text
+from wina.cost import token_bytes
 from wina.errors import UsageError
 from wina.evaluation import text_windows
 from wina.files import read_json, write_text
@@ -347,44 +348,17 @@ def _score(
 ) -> dict[str, Any]:
     each: list[Totals] = []
     total, counter = score_plan(model, plan, windows, dense_prefix, "scoring", each)
-    width = model.dtype.itemsize
-    head = _head_bytes(model)
-    planned = sum(x.in_features * x.out_features * x.usage for x in plan.document.linears.values())
+    read, dense = token_bytes(model, plan, counter.read)
     return {
         "sparsity": counter.sparsity,
-        "bytes": counter.read * width + head + extra_bytes(plan, width),
-        "dense_bytes": planned * width + head,
+        "bytes": read,
+        "dense_bytes": dense,
         "nll": [part.nll for part in each],
         "dense_nll": [part.dense_nll for part in each],
         "positions": [part.positions for part in each],
         "kl": total.kl,
         "agreement": total.agreement,
     }
-
-
-def extra_bytes(plan: Plan, width: int) -> float:
-    """Return the bytes that a plan reads for a token beside the linears' weights.
-
-    Thresholds or scales are float32; a rotation, a low-rank term and a tuned bias have the
-    weights' width.
-
-    Args:
-        plan: the plan.
-        width: bytes of a weight.
-    """
-    gates = 4 * sum(vector.numel() for vector in plan.vectors.values())
-    gates += width * sum(bias.numel() for bias in plan.biases.values())
-    for name, part in plan.parts.items():
-        if name.endswith(".output_thresholds"):
-            gates += 4 * part.numel()
-        elif not name.endswith(".basis_scale"):  # it is multiplied into the rotation
-            gates += width * part.numel()
-    return gates
-
-
-def _head_bytes(model: PreTrainedModel) -> float:
-    head = model.get_output_embeddings()
-    return 0.0 if head is None else float(head.weight.numel() * head.weight.itemsize)
 
 
 def _device_name(device: torch.device) -> str:
