@@ -469,7 +469,8 @@ static Tensor decode_attention(Tensor query, const Tensor& key, const Tensor& va
   Tensor result = Tensor::empty({batch, heads, 1, out}, query.dtype());
   const int64_t width = bytes_of(dtype), group = heads / shared;
   const int64_t masks = mask.size(0);
-  std::vector<int32_t> live(size_t(masks * positions) + 16);
+  thread_local std::vector<int32_t> live;
+  live.resize(size_t(masks * positions) + 16);
   std::vector<int64_t> counts(size_t(masks), 0);
   for (int64_t m = 0; m < masks; ++m) {
     const bool* seen = static_cast<const bool*>(mask.data()) + m * positions;
@@ -484,7 +485,7 @@ static Tensor decode_attention(Tensor query, const Tensor& key, const Tensor& va
   parallel(std::max<int64_t>(parts, 1), [&](int64_t part) {
     if (parts == 0) return;
     thread_local Scratch scratch;
-    constexpr int most = 4;  // heads at a time: the kernel for eight rounds their weights
+    constexpr int most = 4;  // heads at a time
     const int64_t stride = (positions + 31) / 16 * 16;
     float* wide = scratch.get<float>(most * (size + padded(size) + stride) + 64);
     float* arranged = wide + most * size;
@@ -500,18 +501,12 @@ static Tensor decode_attention(Tensor query, const Tensor& key, const Tensor& va
         std::memset(wide, 0, size_t(most) * size * sizeof(float));
         kernels->widen(dtype, static_cast<char*>(query.data()) + head * size * width, wide,
                        real * size);
-        for (int64_t i = 0; i < real * size; ++i) wide[i] *= float(scale);
         kernels->arrange(dtype, wide, tokens, size, arranged);
         kernels->dots(dtype, at(key, b, h), key.stride(2), index, arranged, tokens, size, 0,
                       count, scores, stride);
-        for (int t = 0; t < real; ++t) kernels->softmax(scores + t * stride, count);
-        for (int t = real; t < tokens; ++t)
-          std::memset(scores + t * stride, 0, size_t(count) * sizeof(float));
-        Live weights{index, scores, stride, count, tokens};
-        Projection p{at(value, b, h), nullptr,
-                     static_cast<char*>(result.data()) + head * out * width, positions, out,
-                     value.stride(2)};
-        kernels->project(dtype, p, weights, real, 0, out, sums_of_thread());
+        for (int t = 0; t < real; ++t) kernels->softmax(scores + t * stride, count, float(scale));
+        kernels->weigh(dtype, at(value, b, h), value.stride(2), index, count, scores, real, stride,
+                       static_cast<char*>(result.data()) + head * out * width, out);
       }
     }
   });
