@@ -72,6 +72,11 @@ struct Kernels {
   // after it: RMSNorm of one row of n values. wide is room for n floats.
   void (*norm)(Dtype, const void* x, const void* weight, float epsilon, float* wide, void* out,
                int64_t n);
+  // out = x * cos + (-x[n/2:], x[:n/2]) * sin, each step rounded to the dtype: rotary embedding of
+  // one head of n values; out may be x.
+  void (*rotate)(Dtype, const void* x, const void* cos, const void* sin, void* out, int64_t n);
+  // The place of the largest of n values, the first of equals, or of the first NaN.
+  int64_t (*largest)(Dtype, const void* values, int64_t n);
   // y = residual + y in the dtype, n values.
   void (*add)(Dtype, void* y, const void* residual, int64_t n);
   // Read n bytes and do nothing with them: the bandwidth probe.

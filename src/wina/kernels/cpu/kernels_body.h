@@ -646,6 +646,78 @@ WINA_TARGET static void add(Dtype dtype, void* y, const void* residual, int64_t 
   WINA_DISPATCH(dtype, add_to, y, residual, n);
 }
 
+template <class S>
+WINA_INLINE Pair load_up_to(const S* from, int64_t n) {
+  return n == block ? load(from) : load_part(from, n);
+}
+
+// one * cos + sign * other * sin of n columns
+template <class S>
+WINA_INLINE Pair turned(Pair one, Pair other, float sign, const S* cos, const S* sin, int64_t n) {
+  Pair by = load_up_to(cos, n), with = load_up_to(sin, n);
+  Pair left = rounded<S>({one.a * by.a, one.b * by.b});
+  Pair right = rounded<S>({sign * other.a * with.a, sign * other.b * with.b});
+  return {left.a + right.a, left.b + right.b};
+}
+
+template <class S>
+WINA_TARGET static void rotate_all(const void* x, const void* cos, const void* sin, void* out,
+                                   int64_t n) {
+  const S *from = static_cast<const S*>(x), *c = static_cast<const S*>(cos);
+  const S* s = static_cast<const S*>(sin);
+  S* to = static_cast<S*>(out);
+  const int64_t half = n / 2;
+  for (int64_t i = 0; i < half; i += block) {
+    const int64_t part = half - i < block ? half - i : int64_t(block), j = half + i;
+    Pair a = load_up_to(from + i, part), b = load_up_to(from + j, part);
+    Pair low = turned<S>(a, b, -1.0f, c + i, s + i, part);
+    Pair high = turned<S>(b, a, 1.0f, c + j, s + j, part);
+    if (part == block) store(to + i, low), store(to + j, high);
+    else store_part(to + i, low, part), store_part(to + j, high, part);
+  }
+}
+
+WINA_TARGET static void rotate(Dtype dtype, const void* x, const void* cos, const void* sin,
+                               void* out, int64_t n) {
+  WINA_DISPATCH(dtype, rotate_all, x, cos, sin, out, n);
+}
+
+template <class S>
+WINA_TARGET static void largest_of(const void* values, int64_t n, int64_t* place) {
+  const S* from = static_cast<const S*>(values);
+  Floats most = fill(-INFINITY);
+  Ints nan{};
+  int64_t i = 0;
+  for (; i + block <= n; i += block) {
+    Pair value = load(from + i);
+    most = choose(value.a > most, value.a, most);
+    most = choose(value.b > most, value.b, most);
+    nan |= (value.a != value.a) | (value.b != value.b);
+  }
+  float best = -INFINITY;
+  bool broken = false;
+  for (int k = 0; k < lanes; ++k) {
+    best = most[k] > best ? most[k] : best;
+    broken |= nan[k] != 0;
+  }
+  for (; i < n; ++i) {
+    const float value = widen_one(from[i]);
+    best = value > best ? value : best;
+    broken |= value != value;
+  }
+  for (i = 0; i < n; ++i) {
+    const float value = widen_one(from[i]);
+    if (broken ? value != value : value == best) break;
+  }
+  *place = i;
+}
+
+WINA_TARGET static int64_t largest(Dtype dtype, const void* values, int64_t n) {
+  int64_t place = 0;
+  WINA_DISPATCH(dtype, largest_of, values, n, &place);
+  return place;
+}
+
 WINA_TARGET static uint32_t stream(const void* data, int64_t n) {
   const char* from = static_cast<const char*>(data);
   constexpr int64_t step = 4 * sizeof(Words);
@@ -672,6 +744,7 @@ extern const Kernels WINA_ISA{WINA_TEXT(WINA_ISA),  WINA_SPACE::widen,    WINA_S
                               WINA_SPACE::project, WINA_SPACE::activate, WINA_SPACE::drop,
                               WINA_SPACE::arrange, WINA_SPACE::dots,     WINA_SPACE::finish,
                               WINA_SPACE::softmax, WINA_SPACE::weigh,    WINA_SPACE::norm,
-                              WINA_SPACE::add,     WINA_SPACE::stream};
+                              WINA_SPACE::rotate,  WINA_SPACE::largest,  WINA_SPACE::add,
+                              WINA_SPACE::stream};
 
 }  // namespace wina
