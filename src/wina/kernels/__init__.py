@@ -4,6 +4,7 @@ from wina.kernels.backends import active_backend, available_backends, use_backen
 from wina.kernels.ops import (
     decode_attention,
     dense_linear,
+    most_likely,
     sparse_gated_mlp,
     sparse_linear,
     sparse_linears,
@@ -14,6 +15,7 @@ __all__ = [
     "available_backends",
     "decode_attention",
     "dense_linear",
+    "most_likely",
     "sparse_gated_mlp",
     "sparse_linear",
     "sparse_linears",

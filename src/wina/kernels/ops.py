@@ -41,6 +41,18 @@ SCHEMAS = {
     "decode_attention": (
         "(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor"
     ),
+    "most_likely": "(Tensor logits) -> Tensor",
+}
+# What only the CPU library computes: a row of decoder blocks, made known under a number
+# (wina.kernels.blocks).
+BLOCK_SCHEMAS = {
+    "add_block": (
+        "(int number, Tensor[] norm, float epsilon, Tensor[] weights, Tensor[] thresholds, "
+        "Tensor[] biases, Tensor[] cache, float scale, Tensor[] out_weight, "
+        "Tensor[] out_thresholds, Tensor[] out_bias, Tensor[] mlp_norm, float mlp_epsilon, "
+        "Tensor[] mlp_weights, Tensor[] mlp_thresholds, str activation, Tensor[] mlp_biases) -> ()"
+    ),
+    "decode_blocks": "(Tensor x, Tensor cos, Tensor sin, Tensor mask, int number) -> Tensor",
 }
 
 
@@ -123,6 +135,14 @@ def decode_attention(
     if _needs_reference(query, key, value):
         return reference.decode_attention(query, key, value, mask, scale)
     result: Tensor = torch.ops.wina.decode_attention(query, key, value, mask, scale)
+    return result
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """Return the place of each row's largest logit, int64 (batch,), as ``argmax`` does."""
+    if logits.dtype == torch.float64 or _needs_reference(logits):
+        return logits.argmax(-1)
+    result: Tensor = torch.ops.wina.most_likely(logits)
     return result
 
 
@@ -252,6 +272,19 @@ def _fake_attention(
     return query.new_empty((*query.shape[:3], value.shape[3]))
 
 
+def _most_likely(logits: Tensor) -> Tensor:
+    return logits.argmax(-1)
+
+
+def _fake_most_likely(logits: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+
+def _fake_blocks(x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, number: int) -> Tensor:
+    del cos, sin, mask, number
+    return x.new_empty(x.shape)
+
+
 def _define() -> None:
     implementations: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
         "sparse_linear": (reference_linear, _fake_linear),
@@ -261,12 +294,16 @@ def _define() -> None:
         "fused_gated_mlp": (_fused_gated_mlp, _fake_fused_mlp),
         "dense_linear": (_dense, _fake_dense),
         "decode_attention": (reference.decode_attention, _fake_attention),
+        "most_likely": (_most_likely, _fake_most_likely),
     }
     for name, (implementation, fake) in implementations.items():
         op = f"{NAMESPACE}::{name}"
         torch.library.define(op, SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(op, "CompositeExplicitAutograd", implementation)
         torch.library.register_fake(op, fake)
+    for name, schema in BLOCK_SCHEMAS.items():
+        torch.library.define(f"{NAMESPACE}::{name}", schema)
+    torch.library.register_fake(f"{NAMESPACE}::decode_blocks", _fake_blocks)
 
 
 _define()
