@@ -12,7 +12,19 @@ from collections.abc import Sequence
 import typer
 from transformers.utils import logging as transformers_logging
 
-from wina.cli import bench, calibrate, chat, cost, evaluate, inspect, plan, reproduce, run, tune
+from wina.cli import (
+    bench,
+    calibrate,
+    chat,
+    cost,
+    evaluate,
+    inspect,
+    plan,
+    reproduce,
+    run,
+    serve,
+    tune,
+)
 from wina.errors import UsageError, WinaError
 from wina.progress import note
 
@@ -36,6 +48,7 @@ app.command("bench")(bench.bench_command)
 app.command("inspect")(inspect.inspect)
 app.command("cost")(cost.cost)
 app.command("reproduce")(reproduce.reproduce)
+app.command("serve", context_settings=serve.SETTINGS)(serve.serve)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 from wina.errors import UsageError, WinaError
 from wina.files import validate
 from wina.integrations.vllm.lines import line_for
-from wina.integrations.vllm.shards import missing, projections_of
+from wina.integrations.vllm.shards import check_servable, missing, projections_of
 from wina.models.identity import config_hash
 from wina.plan import Plan, PlanDocument, PlannedLinear
 
@@ -146,21 +146,3 @@ class WinaConfig(QuantizationConfig):  # type: ignore[misc]
                 f"vLLM's model has no layer for {len(left)} of the plan's linears, such as "
                 f"{left[0]}; vLLM builds this architecture in another way than Transformers"
             )
-
-
-def check_servable(document: PlanDocument) -> None:
-    """Raise UsageError for a plan that vLLM's layers cannot run."""
-    if document.selection != "threshold":
-        raise UsageError(
-            f"vLLM runs plans with thresholds; this one has selection {document.selection!r}. "
-            "Plan with --selection threshold."
-        )
-    if document.extras is not None:
-        raise UsageError(
-            "the plan holds bases, low-rank terms or output gates, which run in Transformers alone"
-        )
-    if heads := [name for name, linear in document.linears.items() if linear.block is None]:
-        raise UsageError(
-            f"the plan makes {heads[0]} sparse, which stays dense in vLLM; plan without "
-            "--include-head"
-        )

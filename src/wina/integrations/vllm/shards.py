@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from wina.errors import WinaError
-from wina.plan import PlannedLinear
+from wina.errors import UsageError, WinaError
+from wina.plan import PlanDocument, PlannedLinear
 
 
 def projections_of(
@@ -69,3 +69,21 @@ def missing(claimed: set[str], planned: Mapping[str, PlannedLinear]) -> list[str
     """
     here = {planned[name].block for name in claimed}
     return sorted(name for name, x in planned.items() if x.block in here and name not in claimed)
+
+
+def check_servable(document: PlanDocument) -> None:
+    """Raise UsageError for a plan that vLLM's layers cannot run."""
+    if document.selection != "threshold":
+        raise UsageError(
+            f"vLLM runs plans with thresholds; this one has selection {document.selection!r}. "
+            "Plan with --selection threshold."
+        )
+    if document.extras is not None:
+        raise UsageError(
+            "the plan holds bases, low-rank terms or output gates, which run in Transformers alone"
+        )
+    if heads := [name for name, linear in document.linears.items() if linear.block is None]:
+        raise UsageError(
+            f"the plan makes {heads[0]} sparse, which stays dense in vLLM; plan without "
+            "--include-head"
+        )
