@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import wina
 from tests.helpers import english
+from tests.integrations.vllm.engine import generate
+from wina.integrations.vllm.serve import overrides
 from wina.models import LoadedModel, identify
 from wina.plan import Plan, shipped_plan
+
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here: make test-vllm"
+)
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,6 @@ def _nothing(plan: Plan) -> Plan:
 @pytest.fixture(scope="session")
 def served(demo: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The embedded model in float32, in folders; ``loaded`` is sparse at 50 %."""
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed here: make test-vllm")
     folder = tmp_path_factory.mktemp("served")
     plan = shipped_plan(identify(demo.model, demo.name), 0.5)
     plan.save(folder / "plan")
@@ -56,6 +60,36 @@ def served(demo: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Itera
     wina.densify(demo.model)
 
 
+QUESTIONS = [f"Tell me {number} facts about the sea." for number in range(2, 14)]
+
+
+def with_plan(plan: Path) -> dict[str, Any]:
+    """Return vLLM's options for a plan."""
+    return {"quantization": "wina", "hf_overrides": overrides(str(plan))}
+
+
+@pytest.fixture(scope="session")
+def half(served: Served, prompts: list[list[int]], chats: list[list[int]]) -> dict[str, Any]:
+    """What the engine writes in float32 at 50 %, 16 requests at once and then one by one."""
+    asked = [*prompts, *chats]
+    options = {"dtype": "float32", "max_num_seqs": 16, "enable_prefix_caching": False}
+    batches = (len(asked), 1)
+    return generate(served.model, asked, batches=batches, **options, **with_plan(served.plan))
+
+
+@pytest.fixture(scope="session")
+def chats(served: Served) -> list[list[int]]:
+    """The QUESTIONS as a chat's prompts, in ids."""
+    tokenizer = served.loaded.tokenizer
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        )
+        for question in QUESTIONS
+    ]
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
 @pytest.fixture(scope="session")
 def prompts(served: Served) -> list[list[int]]:
     """64 prompts of 8 to 71 tokens."""
@@ -63,10 +97,3 @@ def prompts(served: Served) -> list[list[int]]:
     ids = served.loaded.tokenizer(text, truncation=False)["input_ids"]
     starts = range(0, 64 * 80, 80)
     return [ids[start : start + 8 + index] for index, start in enumerate(starts)]
-
-
-def preloads() -> str:
-    """Return the libraries that vLLM's CPU builds want loaded first, where they are."""
-    place = Path(importlib.util.find_spec("vllm").origin).parents[4]  # type: ignore[union-attr,arg-type]
-    found = [*place.glob("lib/libiomp5.so"), *place.glob("lib/libtcmalloc_minimal.so*")]
-    return ":".join([*map(str, found), *filter(None, [os.environ.get("LD_PRELOAD")])])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import os
 import signal
@@ -20,10 +19,10 @@ from typing import Any
 
 import pytest
 
-from tests.integrations.vllm.conftest import Served
-from tests.integrations.vllm.engine import environment, generate
-from tests.integrations.vllm.test_engine import with_plan
+from tests.integrations.vllm.conftest import QUESTIONS, Served, needs_vllm
+from tests.integrations.vllm.engine import environment
 
+pytestmark = needs_vllm
 REQUESTS, AT_ONCE = 200, 8
 WRITTEN = 24
 CONTEXT = 512
@@ -55,7 +54,11 @@ def server(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, stdout=file, stderr=file, env=environment(), start_new_session=True
+            command,
+            stdout=file,
+            stderr=file,
+            env=environment(VLLM_ENABLE_V1_MULTIPROCESSING="1"),
+            start_new_session=True,
         )
     address = f"http://127.0.0.1:{port}"
     try:
@@ -83,27 +86,12 @@ def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
     raise RuntimeError(f"the server did not start:\n{log.read_text()[-6000:]}")
 
 
-def chat_ids(served: Served, text: str) -> list[int]:
-    """Return the ids of a chat's prompt."""
-    message = [{"role": "user", "content": text}]
-    template = served.loaded.tokenizer.apply_chat_template
-    found = template(message, add_generation_prompt=True, tokenize=False)
-    return list(served.loaded.tokenizer(found, add_special_tokens=False)["input_ids"])
-
-
-QUESTIONS = [f"Tell me {number} facts about the sea." for number in range(2, 14)]
-
-
 @pytest.fixture(scope="module")
-def offline(served: Served, prompts: list[list[int]]) -> dict[str, str]:
+def offline(served: Served, prompts: list[list[int]], half: dict[str, Any]) -> dict[str, str]:
     """What the engine writes without a server: by prompt, as text."""
-    chats = [chat_ids(served, question) for question in QUESTIONS]
-    asked = [*prompts[:24], *chats]
-    options = {**OPTIONS, "max_model_len": CONTEXT, "enable_prefix_caching": False}
-    found = generate(served.model, asked, tokens=WRITTEN, **options, **with_plan(served.plan))
     decode = served.loaded.tokenizer.decode
-    texts = [decode(ids, skip_special_tokens=True) for ids in found["tokens"]]
-    return dict(zip([*map(str, prompts[:24]), *QUESTIONS], texts, strict=True))
+    texts = [decode(ids[:WRITTEN], skip_special_tokens=True) for ids in half["tokens"]]
+    return dict(zip([*map(str, prompts), *QUESTIONS], texts, strict=True))
 
 
 async def _load(address: str, prompts: list[list[int]], offline: dict[str, str]) -> Counter[str]:
@@ -159,7 +147,6 @@ async def _load(address: str, prompts: list[list[int]], offline: dict[str, str])
     return seen
 
 
-@pytest.mark.skipif(importlib.util.find_spec("openai") is None, reason="needs openai")
 def test_under_load(server: str, prompts: list[list[int]], offline: dict[str, str]) -> None:
     seen = asyncio.run(_load(server, prompts, offline))
     print(f"\n{REQUESTS} requests, {AT_ONCE} at once: {dict(seen)}")
