@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from wina.integrations.vllm import ops
+from wina.errors import UsageError
+from wina.integrations.vllm import ops, packed
 from wina.integrations.vllm.rows import BATCH
 from wina.kernels import reference
 from wina.kernels.cpu.library import input_major
@@ -56,6 +59,34 @@ def test_each_row_by_itself(rows: str, biased: tuple[int, int]) -> None:
     found = ops.batch_linear(x, weight, thresholds, SIZES, own, other)
     sparse, dense = expected(x, weight, thresholds, own, other)
     assert_close(found, torch.where(torch.tensor(flags)[:, None], sparse, dense))
+
+
+@pytest.mark.parametrize("rows", ["d" * 20, "s" * 20, "ds" * 20])
+def test_with_a_copy_for_dense_products(rows: str) -> None:
+    x, weight, thresholds, bias, extra = case(len(rows))
+    seen = []
+
+    def product(x: Tensor, part: Tensor) -> Tensor:
+        seen.append(len(x))
+        return x @ part.t()
+
+    parts = [partial(product, part=part) for part in weight.split(SIZES)]
+    packed.remember(weight, parts)
+    flags = [row == "s" for row in rows]
+    start(*flags)
+    found = ops.batch_linear(x, weight, thresholds, SIZES, bias, extra)
+    sparse, dense = expected(x, weight, thresholds, bias, extra)
+    packed._products.clear()
+    assert_close(found, torch.where(torch.tensor(flags)[:, None], sparse, dense))
+    assert len(seen) == len(SIZES) * len(set(rows))
+
+
+def test_the_option_for_the_copy() -> None:
+    assert packed.wanted({"wina": {"dense_copy": True}, "other": 1})
+    assert not packed.wanted({"wina": {}})
+    assert not packed.wanted({})
+    with pytest.raises(UsageError, match="takes dense_copy"):
+        packed.wanted({"wina": {"copy": True}})
 
 
 def test_padding_is_computed_too() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
@@ -29,13 +31,17 @@ class WinaConfig(QuantizationConfig):  # type: ignore[misc]
         source: the plan's folder or hub id; None where the vectors are in the model's checkpoint.
         revision: of a hub id.
         document: everything of the plan but its vectors.
+        digest: of the plan; what vLLM compiled for one plan must not serve another.
         planned: the plan's linears by vLLM's name of them.
         claimed: those that a layer of this process holds.
     """
 
-    def __init__(self, document: PlanDocument, source: str | None, revision: str | None) -> None:
+    def __init__(
+        self, document: PlanDocument, source: str | None, revision: str | None, digest: str
+    ) -> None:
         super().__init__()
         self.document = document
+        self.digest = digest
         self.source = source
         self.revision = revision
         self.planned: dict[str, PlannedLinear] = dict(document.linears)
@@ -84,16 +90,17 @@ class WinaConfig(QuantizationConfig):  # type: ignore[misc]
             )
         if isinstance(plan, dict):
             document = validate(plan, PlanDocument, "the config's quantization_config.plan")
-            source = None
+            source, digest = None, _digest(document, {})
         elif isinstance(plan, str):
-            document, source = Plan.load(plan, revision).document, plan
+            loaded, source = Plan.load(plan, revision), plan
+            document, digest = loaded.document, _digest(loaded.document, loaded.vectors)
         else:
             raise UsageError(
                 'wina needs a plan: --hf-overrides \'{"quantization_config": '
                 '{"quant_method": "wina", "plan": "FOLDER_OR_HUB_ID"}}\''
             )
         check_servable(document)
-        return cls(document, source, revision)
+        return cls(document, source, revision, digest)
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
@@ -146,3 +153,10 @@ class WinaConfig(QuantizationConfig):  # type: ignore[misc]
                 f"vLLM's model has no layer for {len(left)} of the plan's linears, such as "
                 f"{left[0]}; vLLM builds this architecture in another way than Transformers"
             )
+
+
+def _digest(document: PlanDocument, vectors: Mapping[str, Tensor]) -> str:
+    total = hashlib.sha256(document.model_dump_json().encode())
+    for name in sorted(vectors):
+        total.update(vectors[name].numpy().tobytes())
+    return total.hexdigest()

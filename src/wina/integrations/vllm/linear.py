@@ -18,13 +18,14 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.utils import set_weight_attrs
 
 from wina.errors import UsageError, WinaError
+from wina.integrations.vllm import packed
 from wina.integrations.vllm.lines import line_for
 from wina.integrations.vllm.ops import batch_linear
 from wina.integrations.vllm.rows import BATCH, MOST
 from wina.integrations.vllm.shards import check_layer, input_shard
 from wina.kernels import available_backends
 from wina.kernels.cpu.library import input_major
-from wina.plan import Plan, PlanDocument
+from wina.plan import Plan
 
 if TYPE_CHECKING:
     from wina.integrations.vllm.config import WinaConfig
@@ -44,7 +45,8 @@ class WinaLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         super().__init__()
         self.config = config
         self.names = names  # of the projections, in their order
-        prepare(config.document)
+        self.dense_copy = packed.wanted(get_current_vllm_config().additional_config)
+        prepare(config)
 
     def create_weights(
         self,
@@ -102,8 +104,13 @@ class WinaLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             super().process_weights_after_loading(layer)
             return
         BATCH.prepare(layer.weight.device)
-        if layer.weight.device.type in _kernel_devices():
-            layer.weight.data = input_major(layer.weight.data)
+        if layer.weight.device.type not in _kernel_devices():
+            return
+        usual = layer.weight.data
+        layer.weight.data = input_major(usual)
+        if self.dense_copy and usual.device.type == "cpu":
+            products = packed.pack(list(torch.split(usual, layer.wina_sizes)))
+            packed.remember(layer.weight, products)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the layer's outputs on this rank, shape (..., outputs)."""
@@ -159,14 +166,16 @@ def _kernel_devices() -> frozenset[str]:
     return frozenset(places[name] for name in available_backends() if name in places)
 
 
-def prepare(document: PlanDocument) -> None:
+def prepare(config: WinaConfig) -> None:
     """Let vLLM's runner say which rows of a batch are sparse under a plan.
+
+    The plan goes into the key of what vLLM compiles: which layers are sparse is part of the code.
 
     Raises:
         UsageError: vLLM was told to cut batches in a way that wina does not follow.
     """
-    parallel = get_current_vllm_config().parallel_config
-    scheduler = get_current_vllm_config().scheduler_config
+    current = get_current_vllm_config()
+    parallel, scheduler = current.parallel_config, current.scheduler_config
     if parallel.use_ubatching or parallel.prefill_context_parallel_size > 1:
         raise UsageError(
             "wina does not follow micro-batches (--enable-dbo) and prefill context parallelism; "
@@ -174,5 +183,8 @@ def prepare(document: PlanDocument) -> None:
         )
     if scheduler.max_num_batched_tokens > MOST:
         raise UsageError(f"wina takes --max-num-batched-tokens of up to {MOST}")
+    if isinstance(current.additional_config, dict):
+        current.additional_config["wina_plan"] = config.digest
+    document = config.document
     BATCH.prefill, BATCH.dense_prefix = document.prefill, document.dense_prefix
     line_for(vllm.__version__).watch_runners(BATCH.start)

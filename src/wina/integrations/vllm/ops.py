@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from wina.integrations.vllm.packed import products_of
 from wina.integrations.vllm.rows import BATCH
-from wina.kernels import dense_linear, sparse_linear, sparse_linears
+from wina.kernels import dense_linear, reference, sparse_linear, sparse_linears
 from wina.layers.linear import FEW
 
 SCHEMA = (
     "(Tensor x, Tensor weight, Tensor thresholds, int[] sizes, Tensor[] bias, "
     "Tensor[] sparse_bias) -> Tensor"
 )
-SKIPPED = 8  # rows up to which a GPU's kernels skip rows of W, whatever they are
+SKIPPED = 8  # rows up to which rows of W are skipped, where a dense product is at hand
 
 
 def batch_linear(
@@ -73,12 +74,17 @@ def _on_cpu(
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.device.type == "cpu" and len(x) <= FEW and weight.stride(0) == 1:
         return dense_linear(x, weight, bias)
+    if (products := products_of(weight)) is not None:
+        return _join([product(x) for product in products], bias)
     return functional.linear(x, weight, bias)
 
 
 def _sparse(
     x: Tensor, weight: Tensor, thresholds: Tensor, sizes: list[int], bias: Tensor | None
 ) -> Tensor:
+    if len(x) > SKIPPED and (products := products_of(weight)) is not None:
+        masked = (reference.drop(x, vector) for vector in thresholds)
+        return _join([product(x) for product, x in zip(products, masked, strict=True)], bias)
     if len(sizes) == 1:
         return sparse_linear(x, weight, thresholds[0], bias)
     biases = None if bias is None else torch.split(bias, sizes)
@@ -86,6 +92,11 @@ def _sparse(
         sparse_linears(x, torch.split(weight, sizes), thresholds.unbind(), biases),
         dim=-1,
     )
+
+
+def _join(parts: list[Tensor], bias: Tensor | None) -> Tensor:
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return whole if bias is None else whole + bias
 
 
 def _on_cuda(
@@ -114,8 +125,7 @@ def _on_cuda(
         parts = [sparse_linear(masked[i], weights[i], least, biases[i]) for i in range(len(sizes))]
     else:
         parts = [functional.linear(masked[i], weights[i], biases[i]) for i in range(len(sizes))]
-    result = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-    return result if extra is None else result + flags[:, None] * extra
+    return _join(parts, None if extra is None else flags[:, None] * extra)
 
 
 def gate(x: Tensor, thresholds: Tensor, flags: Tensor) -> Tensor:
