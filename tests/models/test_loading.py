@@ -6,7 +6,7 @@ import torch
 from tests.helpers import make_model
 from wina.errors import WinaError
 from wina.models import identify, load_model
-from wina.models.loading import load_config
+from wina.models.loading import folder_of, load_config
 
 
 def test_a_folder_is_loaded_as_it_is(qwen3: Path) -> None:
@@ -35,3 +35,10 @@ def test_a_config_without_the_weights(qwen3: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(WinaError, match="cannot load the config"):
         load_config(str(tmp_path))
+
+
+def test_where_other_programs_load_from(qwen3: Path, tmp_path: Path) -> None:
+    assert folder_of(str(qwen3)) == str(qwen3)
+    assert folder_of("some/model") == "some/model"
+    with pytest.raises(WinaError, match="holds no model"):
+        folder_of(str(tmp_path))

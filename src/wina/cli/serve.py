@@ -17,7 +17,7 @@ SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 def serve(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Hub id or folder, as vLLM takes it.")],
+    model: Annotated[str, typer.Argument(help="Hub id, folder, small GGUF file, or demo.")],
     plan: options.PlanSource = None,
     show: Annotated[
         bool, typer.Option("--print", help="Print the command instead of running it.")
@@ -32,7 +32,7 @@ def serve(
 
         wina serve saved-sparse-model --tensor-parallel-size 2
 
-        wina serve model --plan plan --print
+        wina serve demo --plan plan --print
     """
     command = vllm.command(model, plan, context.args)
     if show:

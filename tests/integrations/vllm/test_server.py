@@ -48,16 +48,17 @@ def server(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
-    command = [str(Path(sys.executable).with_name("wina")), "serve", str(served.model)]
+    command = [str(Path(sys.executable).with_name("wina")), "serve", "demo"]
     command += ["--plan", str(served.plan), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--served-model-name", "smol", "--max-model-len", str(CONTEXT), *arguments]
+    cache = str(tmp_path_factory.getbasetemp() / "cache")
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("w") as file:
         process = subprocess.Popen(
             command,
             stdout=file,
             stderr=file,
-            env=environment(VLLM_ENABLE_V1_MULTIPROCESSING="1"),
+            env=environment(VLLM_ENABLE_V1_MULTIPROCESSING="1", WINA_CACHE=cache),
             start_new_session=True,
         )
     address = f"http://127.0.0.1:{port}"

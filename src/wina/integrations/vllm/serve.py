@@ -14,7 +14,7 @@ from wina.errors import UsageError
 from wina.files import validate
 from wina.integrations.vllm.lines import line_for
 from wina.integrations.vllm.shards import check_servable
-from wina.models.loading import load_config
+from wina.models.loading import folder_of, load_config
 from wina.plan import Plan, PlanDocument
 
 SERVER = "vllm.entrypoints.openai.api_server"
@@ -36,7 +36,8 @@ def command(model: str, plan: str | None, arguments: Sequence[str] = ()) -> list
     """Return the command line that serves a model.
 
     Args:
-        model: what vLLM takes: a hub id or a folder; a saved sparse model's if there is no plan.
+        model: a hub id, a folder, "demo" or a small GGUF file; a saved sparse model's folder or hub
+            id if there is no plan.
         plan: a plan's folder or hub id.
         arguments: more of vLLM's own; an ``--hf-overrides`` among them is kept beside the plan's.
 
@@ -44,7 +45,10 @@ def command(model: str, plan: str | None, arguments: Sequence[str] = ()) -> list
         UsageError: there is no plan and the folder is not a sparse model's, or vLLM cannot run it.
         WinaError: there is no such plan, or it is damaged.
     """
-    start = [sys.executable, "-m", SERVER, "--model", model]
+    folder = folder_of(model)
+    start = [sys.executable, "-m", SERVER, "--model", folder]
+    if Path(folder) != Path(model):  # converted
+        start += ["--served-model-name", model]
     if plan is None:
         _check_saved(model)
         return [*start, *arguments]
