@@ -113,8 +113,8 @@ def folder_of(source: str) -> str:
     converted = _converted(Path(folder) / gguf)
     if converted is None:
         raise WinaError(
-            f"{source!r} is a large GGUF file: load it with wina.models.load_model and save it with "
-            "save_pretrained first"
+            f"{source!r} is a large GGUF file: load it with wina.models.load_model, and save it "
+            "with save_pretrained first"
         )
     if not converted.is_dir():
         load_model(source)
