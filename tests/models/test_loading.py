@@ -9,7 +9,7 @@ from tests import families
 from tests.helpers import make_model, make_tokenizer
 from wina.errors import WinaError
 from wina.models import identify, load_model
-from wina.models.loading import load_config
+from wina.models.loading import folder_of, load_config
 
 
 def test_a_folder_is_loaded_as_it_is(qwen3: Path) -> None:
@@ -113,3 +113,10 @@ def test_a_tokenizer_beside_a_gguf_file_goes_first(
         assert torch.equal(loaded.model(torch.tensor([[1, 2]])).logits, wanted)
     (path.parent / "tokenizer.json").unlink()
     assert load_model(str(path)).tokenizer("so")["input_ids"] == plain.tokenizer("so")["input_ids"]
+
+
+def test_where_other_programs_load_from(qwen3: Path, tmp_path: Path) -> None:
+    assert folder_of(str(qwen3)) == str(qwen3)
+    assert folder_of("some/model") == "some/model"
+    with pytest.raises(WinaError, match="holds no model"):
+        folder_of(str(tmp_path))

@@ -24,6 +24,7 @@ from wina.cli import (
     report,
     reproduce,
     run,
+    serve,
     tune,
 )
 from wina.errors import UsageError, WinaError
@@ -51,6 +52,7 @@ app.command("bench")(bench.bench_command)
 app.command("inspect")(inspect.inspect)
 app.command("cost")(cost.cost)
 app.command("reproduce")(reproduce.reproduce)
+app.command("serve", context_settings=serve.SETTINGS)(serve.serve)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,15 +45,20 @@ THREADS = min(16, os.cpu_count() or 1)
 def identify(model: PreTrainedModel, name: str, revision: str | None = None) -> ModelIdentity:
     """Return the identity of ``model``, whose weights are all read (about 1 GB/s a core)."""
     settle(model)
-    config = model.config.get_text_config()
-    facts = {key: getattr(config, key, None) for key in CONFIG_KEYS}
     return ModelIdentity(
         name=name,
         revision=revision,
-        config_hash=hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(),
+        config_hash=config_hash(model.config),
         weights_hash=_weights_hash(model),
         dtype=str(model.dtype).removeprefix("torch."),
     )
+
+
+def config_hash(config: Any) -> str:
+    """Return the hash of a Transformers config."""
+    text = config.get_text_config()
+    facts = {key: getattr(text, key, None) for key in CONFIG_KEYS}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 @torch.no_grad()

@@ -109,6 +109,28 @@ def load_model(
     return LoadedModel(model.eval().to(place), tokenizer, name, commit)
 
 
+def folder_of(source: str) -> str:
+    """Return the folder or hub id that other programs load a model from.
+
+    A small GGUF file is converted, once.
+
+    Raises:
+        WinaError: there is no such model, or it is a large GGUF file.
+    """
+    _, folder, gguf = _locate(source)
+    if gguf is None:
+        return folder
+    converted = _converted(Path(folder) / gguf)
+    if converted is None:
+        raise WinaError(
+            f"{source!r} is a large GGUF file: load it with wina.models.load_model, and save it "
+            "with save_pretrained first"
+        )
+    if not converted.is_dir():
+        load_model(source)
+    return str(converted)
+
+
 def _auto_class(folder: str, options: dict[str, Any]) -> Any:
     """Return Transformers' class for a causal model, or for a multimodal one with one inside."""
     kind = type(AutoConfig.from_pretrained(folder, **options))
