@@ -45,8 +45,8 @@ def test_it_holds_everything(made: Made) -> None:
 def test_the_recommended_plan_keeps_its_limit(made: Made) -> None:
     _, report = made
     chosen = report.recommendation
-    assert chosen is not None
     assert chosen.plan is not None
+    assert report.plans[chosen.plan].use == "--max-kl 0.02 --method wina"
     assert "bisection" in chosen.how
     assert "0.02" in chosen.limits
     row = report.quality.results[chosen.plan]
@@ -157,11 +157,10 @@ def loaded(qwen3: Path) -> LoadedModel:
 def test_without_a_limit_the_scored_plans_are_judged(loaded: LoadedModel) -> None:
     nothing, everything = make_plan(loaded.model, 0.0), make_plan(loaded.model, 1e9)
     report = report_of(loaded, [nothing, everything], limits=Limits(kl=0.1))
-    assert report.recommendation is None or report.recommendation.plan is None  # too few windows
+    assert report.recommendation.plan is None  # too few windows
     assert "None is recommended" in render(report)
     longer = ReportSettings(**{**vars(SMALL), "tokens": 900})
     report = make_report(loaded, [nothing, everything], longer, limits=Limits(kl=0.1))
-    assert report.recommendation is not None
     assert report.recommendation.plan == 0
     assert "Speed was not measured." in report.notes
     assert "roofline" not in render(report)
@@ -206,6 +205,11 @@ def test_other_settings_start_afresh(
             report_of(loaded, [make_plan(loaded.model, 0.2)], output=output)
     report = report_of(loaded, [make_plan(loaded.model, 0.6)], output=output)
     assert report.quality == report_of(loaded, [make_plan(loaded.model, 0.6)]).quality
+
+
+def test_a_given_plan_is_used_from_where_it_is(loaded: LoadedModel) -> None:
+    report = report_of(loaded, [make_plan(loaded.model, 0.2)], uses=["--plan 'my plan'"])
+    assert f"wina run {loaded.name} --plan 'my plan' --compare" in html.unescape(render(report))
 
 
 def test_plans_that_cannot_be_reported(loaded: LoadedModel) -> None:
