@@ -200,7 +200,7 @@ WINA_TARGET static void brain_dots(const Brain* weight, int64_t row, const int32
 // second-level cache, and 64 columns of it in the first, while all tokens are multiplied with it.
 // The rows of the panel that follows are fetched meanwhile.
 
-constexpr int64_t panel_rows = 128, panel_columns = 1024, strip = 2 * block, step_tokens = 6;
+constexpr int64_t panel_rows = 192, panel_columns = 1024, strip = 2 * block, step_tokens = 6;
 // Between two strips of a panel; a power of two would let them compete for one set of the cache.
 constexpr int64_t strip_size = panel_rows * strip + 2 * strip;
 

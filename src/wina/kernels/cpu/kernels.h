@@ -42,7 +42,7 @@ inline int64_t padded(int64_t in) { return (in + 31) / 32 * 32; }
 // Tokens that `multiply` takes at a time, and the room that it needs: bytes of a panel of W and of
 // x, and floats of sums for each token.
 constexpr int64_t product_tokens = 256;
-constexpr int64_t panel_bytes = (128 * (1024 + product_tokens) + 16 * 128) * 2;
+constexpr int64_t panel_bytes = (192 * (1024 + product_tokens) + 16 * 128) * 2;
 constexpr int64_t panel_sums = 1024 + 16;
 
 struct Kernels {
