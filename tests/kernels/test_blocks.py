@@ -1,14 +1,14 @@
-"""Rows of decoder blocks that the compiled library runs whole, against the model's own eager step."""
+"""Rows of decoder blocks that the library runs whole, against the model's own eager step."""
 
 import copy
 from collections.abc import Sequence
 
 import pytest
 import torch
+from tests.helpers import make_model, make_plan, prompt
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
-from tests.helpers import make_model, make_plan, prompt
 from wina.generation import Decoder, decoder
 from wina.kernels import available_backends, blocks, most_likely
 from wina.kernels.blocks import release, run_blocks
