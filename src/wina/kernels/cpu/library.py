@@ -11,7 +11,7 @@ import ctypes
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -78,13 +78,17 @@ def _library() -> ctypes.CDLL:
 def input_major(weight: torch.Tensor) -> torch.Tensor:
     """Return a copy of W (out_features, in_features) with strides (1, out_features).
 
-    That is the layout whose dropped channels' memory the kernels skip. The copy's memory is in
-    huge pages where the system grants them.
+    That is the layout whose dropped channels' memory the kernels skip.
     """
-    rows = torch.empty(weight.shape[::-1], dtype=weight.dtype, device=weight.device)
-    if weight.device.type == "cpu" and load() is None:
+    return empty_rows(weight.shape[::-1], weight.dtype, weight.device).copy_(weight.t()).t()
+
+
+def empty_rows(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return an empty contiguous tensor, in huge pages where the system grants them."""
+    rows = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu" and load() is None:
         _library().wina_advise_huge_pages(rows.data_ptr(), rows.numel() * rows.element_size())
-    return rows.copy_(weight.t()).t()
+    return rows
 
 
 def set_crossover(dtype: torch.dtype, inputs: int, outputs: int, rows: int) -> None:

@@ -11,6 +11,7 @@
 #endif
 
 #include "kernels.h"
+#include "quantized.h"
 #include "torch_abi.h"
 
 namespace wina {
@@ -606,6 +607,8 @@ static void call_decode_attention(Value* stack, uint64_t, uint64_t) {
       decode_attention(std::move(query), key, value, std::move(mask), scale).release();
 }
 
+#include "quantized_ops.h"
+
 static std::vector<const Kernels*> instruction_sets() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
@@ -644,7 +647,8 @@ WINA_EXPORT const char* wina_register(void* (*find)(const char*)) {
       torch.torch_library_impl(library, "fused_linears", call_fused_linears, abi_version) ||
       torch.torch_library_impl(library, "fused_gated_mlp", call_fused_gated_mlp, abi_version) ||
       torch.torch_library_impl(library, "dense_linear", call_dense_linear, abi_version) ||
-      torch.torch_library_impl(library, "decode_attention", call_decode_attention, abi_version))
+      torch.torch_library_impl(library, "decode_attention", call_decode_attention, abi_version) ||
+      register_quantized(library))
     return "torch refused the operators";
   return nullptr;
 }
