@@ -19,6 +19,7 @@ from wina.errors import UsageError
 from wina.kernels import dense_linear, sparse_linear
 from wina.layers.foreign import dequantized, is_foreign, shape_of
 from wina.layers.phase import Phase
+from wina.layers.quantized import drop as drop_codes
 from wina.selection import Selection, oracle_mask, random_mask, threshold_mask, topk_mask
 
 FEW = 16  # rows up to which a dense call on an input-major weight goes to wina's kernel
@@ -272,6 +273,7 @@ def make_dense(module: SparseLayer) -> None:
     """Turn a sparse layer back into what it was, in place."""
     delattr(module, module.vector_name)
     del module.sparse_bias
+    drop_codes(module)
     for name in ("selection", "keep", "phase", "active"):
         delattr(module, name)
     weight = module._parameters.get("weight")
