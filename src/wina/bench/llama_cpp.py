@@ -87,7 +87,9 @@ def write_gguf(model: PreTrainedModel, path: Path, form: str) -> None:
             writer.add_tensor(name, array)
             return
         edge = name in ("token_embd.weight", "output.weight")
-        number = getattr(gguf.GGMLQuantizationType, "Q8_0" if edge and form == "q4_0" else form.upper())
+        number = getattr(
+            gguf.GGMLQuantizationType, "Q8_0" if edge and form == "q4_0" else form.upper()
+        )
         writer.add_tensor(name, gguf.quants.quantize(array, number), raw_dtype=number)
 
     state = _floats(model)

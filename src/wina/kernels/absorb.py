@@ -33,14 +33,16 @@ def absorb(module: GraphModule) -> None:
             _take(node, *node.args[1:4], single=False)
         elif node.target in (OPS.sparse_gated_mlp, OPS.sparse_gated_mlp.default):
             weights, thresholds = list(node.args[1:4]), list(node.args[4:7])
-            _take_mlp(node, weights, thresholds, *node.args[7:9], OPS.fused_gated_mlp)
+            rest = (node.args[7], node.args[8], OPS.fused_gated_mlp)
+            _take_mlp(node, weights, thresholds, *rest)
         elif node.target in (OPS.quantized_linear, OPS.quantized_linear.default):
             arguments = (list(node.args[1]), list(node.args[2:3]), node.args[3])
             _take(node, *arguments, single=True, fused=OPS.quantized_linears)
         elif node.target in (OPS.quantized_linears, OPS.quantized_linears.default):
             _take(node, *node.args[3:6], single=False, fused=OPS.quantized_linears)
         elif node.target in (OPS.quantized_gated_mlp, OPS.quantized_gated_mlp.default):
-            _take_mlp(node, *node.args[3:7], OPS.quantized_gated_mlp)
+            weights, thresholds, activation, biases = node.args[3:7]
+            _take_mlp(node, weights, thresholds, activation, biases, OPS.quantized_gated_mlp)
 
 
 def _take(

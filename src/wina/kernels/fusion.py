@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -107,11 +108,12 @@ def _fuse_group(group: list[Any], order: dict[Any, int]) -> None:
         weights, thresholds = ([node.args[i] for node in group] for i in (1, 2))
         biases = _packed_biases(group)
         if is_quantized(first):
-            arguments = (x, [], 0.0, sum(weights, []), thresholds, biases, [])
-            call = graph.call_function(OPS.quantized_linears, arguments)
+            flat = [*chain(*weights)]
+            call = graph.call_function(
+                OPS.quantized_linears, (x, [], 0.0, flat, thresholds, biases, [])
+            )
         else:
-            arguments = (x, weights, thresholds, biases)
-            call = graph.call_function(OPS.sparse_linears, arguments)
+            call = graph.call_function(OPS.sparse_linears, (x, weights, thresholds, biases))
         for index, node in enumerate(group):
             node.replace_all_uses_with(graph.call_function(operator.getitem, (call, index)))
     _erase(*group)
@@ -143,8 +145,10 @@ def _fuse_mlp(down: Any) -> None:
         biases = _packed_biases(projections)
         x = gate.args[0]
         if is_quantized(down):
-            arguments = (x, [], 0.0, sum(weights, []), thresholds, activation, biases, [])
-            call = graph.call_function(OPS.quantized_gated_mlp, arguments)
+            flat = [*chain(*weights)]
+            call = graph.call_function(
+                OPS.quantized_gated_mlp, (x, [], 0.0, flat, thresholds, activation, biases, [])
+            )
         else:
             arguments = (x, *weights, *thresholds, activation, biases)
             call = graph.call_function(OPS.sparse_gated_mlp, arguments)

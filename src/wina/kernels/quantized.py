@@ -26,11 +26,12 @@ from torch.nn import functional
 
 from wina.errors import UsageError
 from wina.kernels import backends, reference
+from wina.kernels.cpu.library import empty_rows
 
 BLOCK_BYTES = 64
 BITS = (8, 4)
 SCHEMAS = {
-    # A weight is three tensors: codes, scales, and zeros or an empty one. Lists of weights are flat.
+    # A weight is three tensors: codes, scales, and zeros or an empty one. Lists are flat.
     "quantized_linear": "(Tensor x, Tensor[] weight, Tensor thresholds, Tensor[] bias) -> Tensor",
     "quantized_linears": (
         "(Tensor x, Tensor[] norm, float epsilon, Tensor[] weights, Tensor[] thresholds, "
@@ -82,7 +83,9 @@ class QuantizedWeight(NamedTuple):
         return sum(x.numel() * x.element_size() for x in (self.scales, self.zeros))
 
 
-def pack(codes: Tensor, scales: Tensor, zeros: Tensor | None = None, bits: int = 4) -> QuantizedWeight:
+def pack(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None = None, bits: int = 4
+) -> QuantizedWeight:
     """Lay out a quantized weight for the kernels.
 
     Args:
@@ -121,7 +124,7 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor | None = None, bits: int =
     else:
         nibbles = (words + 8).to(torch.uint8).reshape(width, -1, 2)
         ordered = nibbles[..., 0] | nibbles[..., 1] << 4
-    stored = backends.cpu.empty_rows(ordered.shape, ordered.dtype, ordered.device).copy_(ordered)
+    stored = empty_rows(ordered.shape, ordered.dtype, ordered.device).copy_(ordered)
     none = scales.new_empty(0) if zeros is None else zeros.t().contiguous()
     return QuantizedWeight(stored, scales.t().contiguous(), none)
 
@@ -138,14 +141,12 @@ def unpack(weight: QuantizedWeight) -> Tensor:
 def dequantize(weight: QuantizedWeight) -> Tensor:
     """Return W, shape (out_features, in_features), float32."""
     scales, zeros = weight.scales.t().float()[..., None], weight.zeros.t()[..., None]
-    grouped = unpack(weight).float().unflatten(1, (-1, weight.group_size))
-    if not zeros.numel():
-        found = grouped * scales
-    elif zeros.is_floating_point():
-        found = grouped * scales + zeros.float()
-    else:
-        found = (grouped - zeros.float()) * scales
-    return found.flatten(1)
+    grouped = unpack(weight).float().reshape(*scales.shape[:2], -1)
+    if not weight.zeros.numel():
+        return (grouped * scales).flatten(1)
+    if zeros.is_floating_point():
+        return (grouped * scales + zeros.float()).flatten(1)
+    return ((grouped - zeros.float()) * scales).flatten(1)
 
 
 # --- the oracle ---
@@ -256,4 +257,3 @@ def define() -> None:
         torch.library.define(op, SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(op, "CompositeExplicitAutograd", implementation)
         torch.library.register_fake(op, fake)
-

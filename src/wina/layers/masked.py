@@ -30,7 +30,8 @@ class _Gate:
     """
 
     def __get__(self, layer: Any, owner: Any) -> Callable[..., Any]:
-        return owner.dense_class.forward if layer is None else layer.gated
+        found: Callable[..., Any] = owner.dense_class.forward if layer is None else layer.gated
+        return found
 
     def __set__(self, layer: nn.Module, forward: Callable[..., Any]) -> None:
         vars(layer)["forward"] = forward

@@ -91,7 +91,7 @@ def _scales(tensor: Tensor, module: nn.Module) -> Tensor | None:
 
 
 def _codes(matrix: Tensor, scales: Tensor) -> tuple[Tensor, Tensor | None, int] | None:
-    """Return codes, zero points and bits such that scales (codes - zeros) is the matrix, or None."""
+    """Return codes, zero points and bits: scales (codes - zeros) is the matrix; or None."""
     out, groups = scales.shape
     dtype = matrix.dtype if matrix.dtype in FLOATS else torch.float32
     grouped = matrix.float().reshape(out, groups, -1)

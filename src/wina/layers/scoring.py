@@ -86,7 +86,9 @@ class SparsityCounter:
                     kept = kept & counted
                 total = seen * x.shape[-1] - kept.sum()
                 if self._groups[name]:
-                    grouped = kept.reshape(-1, self._groups[name], x.shape[-1] // self._groups[name])
+                    grouped = kept.reshape(
+                        -1, self._groups[name], x.shape[-1] // self._groups[name]
+                    )
                     idle = seen * self._groups[name] - grouped.any(-1).sum()
                     self._idle[name] = self._idle.get(name, torch.tensor(0)) + idle.cpu()
                 if layer.has_zero_columns:

@@ -106,7 +106,7 @@ def _config(scheme: Scheme) -> Any:
 
     if scheme.group is None:
         return Int8WeightOnlyConfig(set_inductor_config=False)
-    kind = torch.int8 if scheme.bits == 8 else torch.int4
+    kind = getattr(torch, f"int{scheme.bits}")
     return IntxWeightOnlyConfig(weight_dtype=kind, granularity=PerGroup(scheme.group))
 
 
@@ -130,7 +130,7 @@ def _head(model: PreTrainedModel) -> tuple[str | None, Any]:
 
 
 def _tell_transformers(model: PreTrainedModel, config: Any) -> None:
-    """Let ``save_pretrained`` write the weights, and ``from_pretrained`` load them, as torchao's."""
+    """Let ``save_pretrained`` write the weights as torchao's."""
     from transformers import TorchAoConfig
     from transformers.quantizers.auto import AutoHfQuantizer
 

@@ -3,8 +3,11 @@
 
 static const QuantizedKernels& quantized_kernels() {
 #if defined(__x86_64__)
-  if (std::strncmp(kernels->name, "avx512", 6) == 0)
-    return __builtin_cpu_supports("avx512vnni") ? quantized_avx512_vnni : quantized_avx512;
+  const bool vnni = __builtin_cpu_supports("avx512vnni");
+  if (std::strcmp(kernels->name, "avx512_bf16") == 0)
+    return vnni ? quantized_avx512_vnni : quantized_avx512;
+  if (std::strcmp(kernels->name, "avx512") == 0)  // where there is more, asked for by a test
+    return vnni && !__builtin_cpu_supports("avx512bf16") ? quantized_avx512_vnni : quantized_avx512;
   if (std::strcmp(kernels->name, "avx2") == 0) return quantized_avx2;
 #endif
   return quantized_portable;

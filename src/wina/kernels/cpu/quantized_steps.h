@@ -21,7 +21,7 @@ WINA_QUANTIZED_INLINE float round_values(const float* values, int64_t n, int16_t
     finite &= magnitude <= 3.4028235e38f;
   }
   // A subnormal step would lose bits, and its inverse might be infinite.
-  step->scale = most > 1e-30f ? most * (1.0f / 32767) : 1e-34f;
+  step->scale = most > 5e-34f ? most * (1.0f / 32767) : 1.5e-38f;
   const float inverse = 1.0f / step->scale;
   int32_t sum = 0;
   if (!finite) {
