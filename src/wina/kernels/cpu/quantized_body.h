@@ -21,29 +21,38 @@ WINA_QUANTIZED_INLINE int32_t pair_at(const int16_t* x) {
   return both;
 }
 
-// Add x of one step to the sums of the outputs in one vector of codes: sums[i][h], see the layout.
-template <int bits>
-WINA_QUANTIZED_INLINE void add_step(const uint8_t* codes, int64_t row, const int32_t* rows,
-                                    const int16_t* x, int n, const int32_t* next,
-                                    Vector* sums) {
+// Add x of one step to the sums of the outputs in `wide` vectors of codes, which begin `offset`
+// bytes into the rows: sums[i][h] of each vector, see the layout.
+template <int bits, int wide>
+WINA_QUANTIZED_INLINE void add_step(const uint8_t* const* rows, const uint8_t* const* next, int n,
+                                    const int16_t* x, int64_t offset, Vector* sums) {
+  constexpr int each = 32 / bits;
   const Vector low = fill16(bits == 4 ? 0x000f : 0x00ff), high = fill16(0x00f0);
   for (int r = 0; r < n; r += 2) {
-    const Vector a = load(codes + rows[r] * row), b = load(codes + rows[r + 1] * row);
-    __builtin_prefetch(codes + next[r] * row, 0, 2);
-    __builtin_prefetch(codes + next[r + 1] * row, 0, 2);
+    const uint8_t *a = rows[r] + offset, *b = rows[r + 1] + offset;
+    const uint8_t *c = next[r] + offset, *d = next[r + 1] + offset;
     const Vector values = fill32(pair_at(x + r));
+#pragma GCC unroll 4
+    for (int v = 0; v < wide; ++v) {
+      Vector* to = sums + v * each;
+      const Vector one = load(a + v * vector_bytes), other = load(b + v * vector_bytes);
+      if (v * vector_bytes % 64 == 0) {
+        __builtin_prefetch(c + v * vector_bytes, 0, 2);
+        __builtin_prefetch(d + v * vector_bytes, 0, 2);
+      }
 #pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-      Vector both = h == 0 ? interleave_low(a, b) : interleave_high(a, b);
-      if (bits == 4) {
-        sums[h] = multiply_add(sums[h], both & low, values);
-        sums[2 + h] = multiply_add(sums[2 + h], both & high, values);  // 16 times the code
-        both = shift_right(both, 8);
-        sums[4 + h] = multiply_add(sums[4 + h], both & low, values);
-        sums[6 + h] = multiply_add(sums[6 + h], both & high, values);
-      } else {
-        sums[h] = multiply_add(sums[h], shift_signed(shift_left(both, 8), 8), values);
-        sums[2 + h] = multiply_add(sums[2 + h], shift_signed(both, 8), values);
+      for (int h = 0; h < 2; ++h) {
+        Vector both = h == 0 ? interleave_low(one, other) : interleave_high(one, other);
+        if (bits == 4) {
+          to[h] = multiply_add(to[h], both & low, values);
+          to[2 + h] = multiply_add(to[2 + h], both & high, values);  // 16 times the code
+          both = shift_right(both, 8);
+          to[4 + h] = multiply_add(to[4 + h], both & low, values);
+          to[6 + h] = multiply_add(to[6 + h], both & high, values);
+        } else {
+          to[h] = multiply_add(to[h], shift_signed(shift_left(both, 8), 8), values);
+          to[2 + h] = multiply_add(to[2 + h], shift_signed(both, 8), values);
+        }
       }
     }
   }
@@ -64,6 +73,43 @@ WINA_QUANTIZED_INLINE Floats points_at(const void* from, int64_t i, int64_t left
   return load_floats(part);
 }
 
+// Add a step to the float32 sums of outputs [c, end) in `wide` vectors; part is the first vector's
+// place in its block.
+template <int bits, Zeros zeros, int wide>
+WINA_QUANTIZED_INLINE void add_vectors(const QuantizedProjection& p, const Step& step,
+                                       const uint8_t* const* rows, const uint8_t* const* next,
+                                       const int16_t* x, int64_t c, int part, int64_t end,
+                                       float* sums) {
+  constexpr int64_t outputs = code_block * 8 / bits;
+  constexpr int each = 32 / bits, parts = code_block / vector_bytes;
+  Vector found[wide * each];
+  // Nibbles are stored 8 above the code.
+#pragma GCC unroll 32
+  for (int i = 0; i < wide * each; ++i)
+    found[i] = bits == 8 ? fill32(0) : fill32(-8 * step.sum * (i % each / 2 % 2 ? 16 : 1));
+  add_step<bits, wide>(rows, next, step.rows, x,
+                       c / outputs * code_block + part * vector_bytes, found);
+  const float x_sum = step.scale * float(step.sum);
+  const int64_t group = int64_t(step.group) * p.out;
+#pragma GCC unroll 32
+  for (int i = 0; i < wide * each; ++i) {
+    const int v = part + i / each;
+    const int64_t place = c + v / parts * outputs + 16 * (i % each) + v % parts * vector_lanes;
+    if (place >= end) continue;
+    const float by = bits == 4 && i % each / 2 % 2 ? step.scale / 16 : step.scale;
+    const int64_t left = p.out - place;
+    float* to = sums + place;
+    Floats sum = to_floats(found[i]) * fill_floats(by);
+    if (zeros == Zeros::points)
+      sum = sum - points_at(p.zeros, group + place, left) * fill_floats(x_sum);
+    Floats total =
+        load_floats(to) + sum * scales_at(p.scales, p.scales_dtype, group + place, left);
+    if (zeros == Zeros::minima)
+      total = total + scales_at(p.zeros, p.scales_dtype, group + place, left) * fill_floats(x_sum);
+    store_floats(to, total);
+  }
+}
+
 template <int bits, Zeros zeros>
 WINA_QUANTIZED_TARGET static void project_tile(const QuantizedProjection& p, const Step* steps,
                                                int64_t count, const int32_t* rows,
@@ -71,43 +117,28 @@ WINA_QUANTIZED_TARGET static void project_tile(const QuantizedProjection& p, con
                                                float* sums) {
   constexpr int64_t outputs = code_block * 8 / bits;
   constexpr int parts = code_block / vector_bytes;  // vectors of a block
-  constexpr int kinds = 16 / bits;                  // codes of a word
+  const uint8_t* pointers[2][most_rows];
+  auto point = [&](const Step& step, const uint8_t** to) __attribute__((always_inline)) {
+    for (int32_t r = 0; r < step.rows; ++r) to[r] = p.codes + rows[step.first + r] * p.row;
+  };
+  if (count > 0) point(steps[0], pointers[0]);
   for (int64_t s = 0; s < count; ++s) {
     const Step& step = steps[s];
-    const int32_t* at = rows + step.first;
+    const uint8_t** at = pointers[s % 2];
     // The rows that follow are fetched meanwhile.
-    const int32_t* next = s + 1 < count && steps[s + 1].rows >= step.rows ? at + step.rows : at;
-    const int16_t* values = x + step.first;
-    const float x_sum = step.scale * float(step.sum);
-    const int64_t offset = int64_t(step.group) * p.out;
-    for (int64_t c = begin; c < end; c += outputs) {
-      const uint8_t* codes = p.codes + c / outputs * code_block;
-#pragma GCC unroll 2
-      for (int part = 0; part < parts; ++part) {
-        Vector found[2 * kinds];
-        // Nibbles are stored 8 above the code.
-#pragma GCC unroll 8
-        for (int i = 0; i < 2 * kinds; ++i)
-          found[i] = bits == 8 ? fill32(0) : fill32(-8 * step.sum * (i / 2 % 2 ? 16 : 1));
-        add_step<bits>(codes + part * vector_bytes, p.row, at, values, step.rows, next, found);
-#pragma GCC unroll 8
-        for (int i = 0; i < 2 * kinds; ++i) {
-          const int64_t place = c + 16 * i + part * vector_lanes;
-          if (place >= end) continue;
-          const float by = bits == 4 && i / 2 % 2 ? step.scale / 16 : step.scale;
-          const int64_t left = p.out - place;
-          Floats sum = to_floats(found[i]) * fill_floats(by);
-          if (zeros == Zeros::points)
-            sum = sum - points_at(p.zeros, offset + place, left) * fill_floats(x_sum);
-          const Floats scale = scales_at(p.scales, p.scales_dtype, offset + place, left);
-          Floats total = load_floats(sums + place - begin) + sum * scale;
-          if (zeros == Zeros::minima)
-            total = total + scales_at(p.zeros, p.scales_dtype, offset + place, left) *
-                                fill_floats(x_sum);
-          store_floats(sums + place - begin, total);
-        }
-      }
+    const uint8_t** next = at;
+    if (s + 1 < count) {
+      point(steps[s + 1], pointers[(s + 1) % 2]);
+      if (steps[s + 1].rows >= step.rows) next = pointers[(s + 1) % 2];
     }
+    const int16_t* values = x + step.first;
+    int64_t c = begin;
+    if (parts == 1)  // the registers of 512 bits suffice for two
+      for (; c + outputs < end; c += 2 * outputs)
+        add_vectors<bits, zeros, 2>(p, step, at, next, values, c, 0, end, sums - begin);
+    for (; c < end; c += outputs)
+      for (int part = 0; part < parts; ++part)
+        add_vectors<bits, zeros, 1>(p, step, at, next, values, c, part, end, sums - begin);
   }
 }
 
