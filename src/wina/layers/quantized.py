@@ -16,17 +16,29 @@ import torch
 from torch import Tensor, nn
 
 from wina.kernels import QuantizedWeight, pack
-from wina.layers.foreign import FLOATS, dequantized, shape_of
+from wina.layers.foreign import (
+    FLOATS,
+    dequantized,
+    device_of,
+    dtype_of,
+    forward_of,
+    shape_of,
+)
 
 SCALES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST = 256  # levels of a group
+LARGE = 128.0  # beside values of 1; of W x + b in bfloat16, 16-bit rounding is 1 % there
+CLOSE, CLOSE_BESIDE = 0.008, 0.1
 FEW = 8  # rows that the kernel computes; the library's own forward takes more
 BUFFERS = ("packed_codes", "packed_scales", "packed_zeros")
 
 
 @torch.no_grad()
 def read(module: nn.Module) -> QuantizedWeight | None:
-    """Return a foreign linear's weight as codes and scales; None if it is not made of those."""
+    """Return a foreign linear's weight as codes and scales; None if it is not made of those.
+
+    None too where the linear rounds its inputs: the kernels do not, and would compute otherwise.
+    """
     candidates = [x for x in _tensors(module) if _scales(x, module) is not None]
     if not candidates:
         return None
@@ -35,7 +47,7 @@ def read(module: nn.Module) -> QuantizedWeight | None:
         scales = _scales(tensor, module)
         assert scales is not None
         found = _codes(matrix, scales)
-        if found is not None:
+        if found is not None and _keeps_inputs(module, matrix):
             codes, zeros, bits = found
             return pack(codes, scales, zeros, bits)
     return None
@@ -64,6 +76,25 @@ def drop(module: nn.Module) -> None:
 def is_few(x: Tensor) -> bool:
     """Return whether the kernel is the faster way for so many rows."""
     return x.dtype in SCALES and x.numel() <= FEW * x.shape[-1]
+
+
+def _keeps_inputs(module: nn.Module, matrix: Tensor) -> bool:
+    """Return whether a linear multiplies with its inputs, not with those rounded to some bits.
+
+    Rounding shows in a random input, or, where the step is set by the largest, beside a large one.
+    """
+    device, dtype = device_of(module), dtype_of(module)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, matrix.shape[1], generator=generator).to(device, dtype)
+    large = torch.zeros_like(x[:1])
+    large[0, 0] = LARGE
+    forward, wanted = forward_of(module), x.float() @ matrix.float().t()
+    zero = forward(torch.zeros_like(large)).float()
+    alone = forward(x).float() - zero
+    beside = forward(x + large).float() - forward(large).float()
+    size = wanted.norm().clamp(min=1e-30)
+    plain, shifted = (float((found - wanted).norm() / size) for found in (alone, beside))
+    return plain < CLOSE and shifted < CLOSE_BESIDE
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
