@@ -50,7 +50,7 @@ class Case:
         zeros = None
         if self.zeros == "points":
             zeros = torch.randint(-bound, bound, scales.shape, generator=generator).to(torch.int8)
-        elif self.zeros == "minima":
+        elif self.zeros == "minima" and self.bits == 4:
             zeros = torch.randn(scales.shape, generator=generator).to(self.dtype)
         return pack(codes, scales, zeros, self.bits)
 
@@ -133,7 +133,7 @@ def test_dequantize_by_hand() -> None:
     assert dequantize(pack(codes, scales)).tolist() == [[-16, 14, 1.5, 0], [0, 0, -3, 4]]
     assert dequantize(pack(codes, scales, points)).tolist() == [[-18, 12, 2.5, 1], [0, 0, -7, 0]]
     minima = torch.tensor([[1.0, 0.25], [5.0, 0.0]])
-    wanted = [[-15, 15, 1.75, 0.25], [5, 5, -3, 4]]
+    wanted = [[1, 31, 5.75, 4.25], [5, 5, 5, 12]]
     assert dequantize(pack(codes, scales, minima)).tolist() == wanted
 
 
@@ -295,6 +295,8 @@ def test_what_cannot_be_packed_is_refused() -> None:
         pack(codes, scales.double())
     with pytest.raises(wina.UsageError, match="zeros"):
         pack(codes, scales, torch.zeros(4, 2, dtype=torch.int32))
+    with pytest.raises(wina.UsageError, match="not minima"):
+        pack(codes, scales, scales, bits=8)
     with pytest.raises(wina.UsageError, match="outside -8 to 7"):
         pack(codes + 8, scales)
 

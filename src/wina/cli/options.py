@@ -16,6 +16,8 @@ from wina.errors import UsageError
 from wina.evaluation import Limits, recommend
 from wina.generation import Mode
 from wina.models import LoadedModel, identify, load_model
+from wina.models.gguf import keep_codes
+from wina.models.loading import gguf_file
 from wina.models.quantize import check_quantize
 from wina.models.quantize import quantize as quantize_model
 from wina.plan import Plan
@@ -38,7 +40,7 @@ Quantize = Annotated[
     str | None,
     typer.Option(
         help="Quantize the weights with torchao: int8, int4 (groups of 32), int4-g64, int4-g128; "
-        "the head becomes int8."
+        "the head becomes int8. Or gguf: keep the codes of a GGUF file (Q4_0, Q4_1, Q8_0)."
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Of sampling and of the model's own text.")]
@@ -103,7 +105,9 @@ def load(
     quantize: str | None = None,
 ) -> LoadedModel:
     """Load the model that the options name, saying so, and quantize it if asked to."""
-    scheme = check_quantize(quantize)
+    codes = quantize == "gguf"
+    scheme = None if codes else check_quantize(quantize)
+    file = gguf_file(model) if codes else None
     note(f"loading {model or 'the embedded model'}")
     loaded = load_model(
         model,
@@ -112,6 +116,8 @@ def load(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
+    if file is not None:
+        note(f"keeping the codes of {keep_codes(loaded.model, file)} linears")
     if scheme is None:
         return loaded
     note(f"quantizing to {scheme}")

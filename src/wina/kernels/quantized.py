@@ -2,8 +2,8 @@
 
 The weight of input channel j and output o is s[g, o] (q[j, o] - z[g, o]), with g the group of
 consecutive channels that j is in; groups are of one size (the whole input is one group: scales per
-output channel). z is absent where the format is symmetric. Formats whose groups have a minimum
-instead (GGUF's Q4_1 and Q4_K) are s q + m: then z holds m, of the scales' dtype.
+output channel). z is absent where the format is symmetric. 4-bit formats whose groups have a
+minimum instead (GGUF's Q4_1) are s (q + 8) + m: then z holds m, of the scales' dtype.
 
 Codes are stored input-major, so that a dropped channel's codes are one stretch of memory that is
 not read. A group's scales (and zeros) are read if any of its channels lives.
@@ -91,7 +91,8 @@ def pack(
     Args:
         codes: q, (out_features, in_features), integers of -8 to 7, or -128 to 127 for 8 bits.
         scales: (out_features, groups), float32, float16 or bfloat16; groups divides in_features.
-        zeros: (out_features, groups): int8 zero points, or minima in the scales' dtype.
+        zeros: (out_features, groups): int8 zero points, or, with 4 bits, minima in the scales'
+            dtype.
         bits: 8 or 4.
 
     Raises:
@@ -111,6 +112,8 @@ def pack(
         zeros.shape != scales.shape or zeros.dtype not in (torch.int8, scales.dtype)
     ):
         raise UsageError("zeros must have the scales' shape, and be int8 or of the scales' dtype")
+    if bits == 8 and zeros is not None and zeros.is_floating_point():
+        raise UsageError("codes of 8 bits have zero points, not minima")
     bound = 1 << (bits - 1)
     if codes.numel() and (int(codes.min()) < -bound or int(codes.max()) >= bound):
         raise UsageError(f"codes outside {-bound} to {bound - 1}")
@@ -145,7 +148,7 @@ def dequantize(weight: QuantizedWeight) -> Tensor:
     if not weight.zeros.numel():
         return (grouped * scales).flatten(1)
     if zeros.is_floating_point():
-        return (grouped * scales + zeros.float()).flatten(1)
+        return ((grouped + 8) * scales + zeros.float()).flatten(1)
     return ((grouped - zeros.float()) * scales).flatten(1)
 
 

@@ -15,6 +15,7 @@ from wina.layers.experts import SparseExpertLinear, store_input_major
 from wina.layers.foreign import device_of
 from wina.layers.linear import RowsLinear, SparseLayer, matrix, sparse_layers
 from wina.layers.masked import MaskedLayer, pack_head, pack_layer
+from wina.layers.quantized import packed
 
 
 def lay_out_for_decode(model: nn.Module) -> None:
@@ -39,7 +40,7 @@ def lay_out_for_decode(model: nn.Module) -> None:
             if layer.vector.device.type in devices:
                 pack_layer(layer)
             continue
-        runnable = layer.kernels and layer.active and layer.keep is None
+        runnable = layer.kernels and layer.active and layer.keep is None and not packed(layer)
         if runnable and matrix(layer).device.type in devices:
             _store(layer)
     get = getattr(model, "get_output_embeddings", None)

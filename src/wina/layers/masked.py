@@ -12,13 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from wina.kernels import quantized_linear
 from wina.layers.foreign import is_foreign
 from wina.layers.linear import FALLBACKS, SparseLayer
-from wina.layers.quantized import drop, is_few, packed, read, store
+from wina.layers.quantized import NO_THRESHOLDS, drop, multiply, packed, read, store, store_dense
 from wina.selection import threshold_mask
 
 
@@ -48,11 +46,6 @@ class MaskedLayer(SparseLayer):
 
     def gated(self, x: Tensor) -> Tensor:
         """Return what the module makes of the masked input; see SparseLayer.forward."""
-        if self.phase.rows is True and self.keep is None and is_few(x):
-            weight = packed(self)
-            if weight is not None:
-                bias = self._decode_bias()
-                return quantized_linear(x, weight, self.vector, _like(bias, x))
         return SparseLayer.forward(self, x)
 
     def _decode_bias(self) -> Tensor | None:
@@ -84,17 +77,13 @@ class PackedLinear(nn.Module):
 
     def gated(self, x: Tensor) -> Tensor:
         """Return W x + b."""
-        weight = packed(self)
-        if weight is None or not is_few(x):
-            own = vars(self).get("forward")
-            y: Tensor = self.dense_class.forward(self, x) if own is None else own(x)
-            return y
-        zeros = self.get_buffer("no_thresholds")
-        return quantized_linear(x, weight, zeros, _like(getattr(self, "bias", None), x))
-
-
-def _like(bias: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if bias is None else bias.to(x.dtype)
+        vector, bias = self.get_buffer(NO_THRESHOLDS), getattr(self, "bias", None)
+        found = multiply(self, x, vector, bias)
+        if found is not None:
+            return found
+        own = vars(self).get("forward")
+        y: Tensor = self.dense_class.forward(self, x) if own is None else own(x)
+        return y
 
 
 def pack_layer(layer: MaskedLayer) -> bool:
@@ -117,16 +106,13 @@ def pack_head(head: nn.Module) -> None:
     dense = type(head)
     members = {"dense_class": dense, "__module__": __name__}
     head.__class__ = type(f"Packed{dense.__name__}", (PackedLinear, dense), members)
-    store(head, weight)
-    zeros = torch.zeros(weight.shape[1], device=weight.codes.device)
-    head.register_buffer("no_thresholds", zeros, persistent=False)
+    store_dense(head, weight)
 
 
 def unpack_head(head: nn.Module) -> None:
     """Undo ``pack_head``."""
     if isinstance(head, PackedLinear):
         drop(head)
-        delattr(head, "no_thresholds")
         head.__class__ = head.dense_class  # type: ignore[assignment]
 
 

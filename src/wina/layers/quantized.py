@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from wina.kernels import QuantizedWeight, pack
+from wina.kernels import QuantizedWeight, pack, quantized_linear
 from wina.layers.foreign import (
     FLOATS,
     dequantized,
@@ -31,6 +31,7 @@ LARGE = 128.0  # beside values of 1; of W x + b in bfloat16, 16-bit rounding is 
 CLOSE, CLOSE_BESIDE = 0.008, 0.1
 FEW = 8  # rows that the kernel computes; the library's own forward takes more
 BUFFERS = ("packed_codes", "packed_scales", "packed_zeros")
+NO_THRESHOLDS = "no_thresholds"
 
 
 @torch.no_grad()
@@ -55,22 +56,38 @@ def read(module: nn.Module) -> QuantizedWeight | None:
 
 def packed(module: nn.Module) -> QuantizedWeight | None:
     """Return the weight that ``store`` laid out; None if there is none."""
-    if module._buffers.get(BUFFERS[0]) is None:
+    codes, scales, zeros = (module._buffers.get(name) for name in BUFFERS)
+    if codes is None or scales is None or zeros is None:
         return None
-    return QuantizedWeight(*(module.get_buffer(name) for name in BUFFERS))
+    return QuantizedWeight(codes, scales, zeros)
 
 
 def store(module: nn.Module, weight: QuantizedWeight) -> None:
-    """Keep a weight laid out for the kernels beside the library's own, which prompts go through."""
+    """Keep a weight laid out for the kernels beside the module's own, which prompts go through."""
     for name, tensor in zip(BUFFERS, weight, strict=True):
         module.register_buffer(name, tensor, persistent=False)
 
 
+def store_dense(module: nn.Module, weight: QuantizedWeight) -> None:
+    """As ``store``, for a linear that stays dense (the head), with thresholds that drop nothing."""
+    store(module, weight)
+    zeros = torch.zeros(weight.shape[1], device=weight.codes.device)
+    module.register_buffer(NO_THRESHOLDS, zeros, persistent=False)
+
+
 def drop(module: nn.Module) -> None:
     """Undo ``store``."""
-    for name in BUFFERS:
+    for name in (*BUFFERS, NO_THRESHOLDS):
         if name in module._buffers:
             delattr(module, name)
+
+
+def multiply(module: nn.Module, x: Tensor, vector: Tensor, bias: Tensor | None) -> Tensor | None:
+    """Return W drop(x) + b by the kernels; None if ``store`` laid nothing out, or for many rows."""
+    weight = packed(module) if is_few(x) else None
+    if weight is None:
+        return None
+    return quantized_linear(x, weight, vector, None if bias is None else bias.to(x.dtype))
 
 
 def is_few(x: Tensor) -> bool:

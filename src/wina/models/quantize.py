@@ -102,12 +102,22 @@ def _one(model: nn.Module, name: str, config: Any, quantize_: Any) -> None:
 
 
 def _config(scheme: Scheme) -> Any:
-    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+    from torchao.quantization import (
+        Int8WeightOnlyConfig,
+        IntxWeightOnlyConfig,
+        MappingType,
+        PerGroup,
+    )
 
     if scheme.group is None:
         return Int8WeightOnlyConfig(set_inductor_config=False)
-    kind = getattr(torch, f"int{scheme.bits}")
-    return IntxWeightOnlyConfig(weight_dtype=kind, granularity=PerGroup(scheme.group))
+    # With 16 levels a zero point of each group is worth its byte (docs/quantization.md).
+    few = MappingType.ASYMMETRIC if scheme.bits == 4 else MappingType.SYMMETRIC
+    return IntxWeightOnlyConfig(
+        weight_dtype=getattr(torch, f"int{scheme.bits}"),
+        granularity=PerGroup(scheme.group),
+        mapping_type=few,
+    )
 
 
 def _check(sites: dict[str, Site], scheme: Scheme) -> None:

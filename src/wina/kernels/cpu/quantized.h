@@ -21,7 +21,7 @@ struct Step {
   int32_t sum;    // of those integers
 };
 
-// How zeros are stored: none, zero points z of s (q - z), or minima m of s q + m.
+// How zeros are stored: none, zero points z of s (q - z), or (4 bits) minima m of s (q + 8) + m.
 enum class Zeros : int { none, points, minima };
 
 struct QuantizedProjection {

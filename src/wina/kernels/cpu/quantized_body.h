@@ -83,10 +83,11 @@ WINA_QUANTIZED_INLINE void add_vectors(const QuantizedProjection& p, const Step&
   constexpr int64_t outputs = code_block * 8 / bits;
   constexpr int each = 32 / bits, parts = code_block / vector_bytes;
   Vector found[wide * each];
-  // Nibbles are stored 8 above the code.
+  // Nibbles are stored 8 above the code, as formats with minima want them.
+  const bool above = bits == 4 && zeros != Zeros::minima;
 #pragma GCC unroll 32
   for (int i = 0; i < wide * each; ++i)
-    found[i] = bits == 8 ? fill32(0) : fill32(-8 * step.sum * (i % each / 2 % 2 ? 16 : 1));
+    found[i] = above ? fill32(-8 * step.sum * (i % each / 2 % 2 ? 16 : 1)) : fill32(0);
   add_step<bits, wide>(rows, next, step.rows, x,
                        c / outputs * code_block + part * vector_bytes, found);
   const float x_sum = step.scale * float(step.sum);
@@ -160,8 +161,7 @@ WINA_QUANTIZED_TARGET static void project(const QuantizedProjection& p, const St
     } else {
       switch (p.zeros_kind) {
         case Zeros::none: WINA_TILE(8, Zeros::none); break;
-        case Zeros::points: WINA_TILE(8, Zeros::points); break;
-        default: WINA_TILE(8, Zeros::minima);
+        default: WINA_TILE(8, Zeros::points);
       }
     }
 #undef WINA_TILE

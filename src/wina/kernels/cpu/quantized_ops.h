@@ -38,6 +38,7 @@ static QuantizedProjection quantized_projection(const std::vector<Tensor>& weigh
     check(zeros.size(0) == groups && zeros.size(1) == out, "zeros must have the scales' shape");
     const bool points = zeros.dtype() == torch.aoti_torch_dtype_int8();
     check(points || zeros.dtype() == scales.dtype(), "zeros must be int8 or of the scales' dtype");
+    check(points || bits == 4, "codes of 8 bits have zero points, not minima");
     kind = points ? Zeros::points : Zeros::minima;
   }
   return {static_cast<const uint8_t*>(codes.data()), codes.size(1), bits, scales.data(), dtype,

@@ -47,7 +47,8 @@ static void project(const QuantizedProjection& p, const Step* steps, int64_t cou
           float& total = sums[place - begin];
           total += sum * scale_at(p.scales, p.scales_dtype, offset + place);
           if (p.zeros_kind == Zeros::minima)
-            total += scale_at(p.zeros, p.scales_dtype, offset + place) * x_sum;
+            total += scale_at(p.zeros, p.scales_dtype, offset + place) * x_sum +
+                     8 * x_sum * scale_at(p.scales, p.scales_dtype, offset + place);
         }
     }
   }
