@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from wina.bench.probe import last_level_cache
 from wina.kernels import sparse_gated_mlp, sparse_linear, sparse_linears
 from wina.kernels.cpu import input_major, instruction_set, stream
 
@@ -33,6 +33,7 @@ MODELS = {
     "llama-3.2-1b": (2048, 8192, 512),
     "smollm2-135m": (576, 1536, 192),
 }
+CPU = torch.device("cpu")
 Call = Callable[[int], object]
 
 
@@ -76,14 +77,6 @@ def operations(model: str) -> list[Op]:
         Op("qkv", [(hidden, hidden), (narrow, hidden), (narrow, hidden)]),
         Op("mlp", [(wide, hidden), (wide, hidden), (hidden, wide)]),
     ]
-
-
-def last_level_cache() -> int:
-    """Return the last-level cache in bytes; 32 MiB if the system does not say."""
-    for name in ("SC_LEVEL4_CACHE_SIZE", "SC_LEVEL3_CACHE_SIZE"):
-        if name in os.sysconf_names and os.sysconf(name) > 0:
-            return os.sysconf(name)
-    return 32 << 20
 
 
 def threshold(inputs: int, sparsity: float) -> Tensor:
@@ -132,7 +125,7 @@ def measure(
 ) -> list[Row]:
     torch.manual_seed(0)
     size = op.bytes(dtype)
-    copies = max(2, math.ceil(4 * last_level_cache() / (size * (1 - max(sparsities)))))
+    copies = max(2, math.ceil(4 * last_level_cache(CPU) / (size * (1 - max(sparsities)))))
     x = torch.randn(1, op.shapes[0][1]).to(dtype)
     plain = [torch.randn(shape).div(shape[1] ** 0.5).to(dtype) for shape in op.shapes]
     rows = [[w.clone() for w in plain] for _ in range(copies)]
@@ -153,7 +146,7 @@ def measure(
     calls["probe", 0.0] = lambda _: stream(block)
 
     times: dict[tuple[str, float], list[float]] = {key: [] for key in calls}
-    flush = torch.ones(2 * last_level_cache() // 4)
+    flush = torch.ones(2 * last_level_cache(CPU) // 4)
     end = time.perf_counter() + seconds
     turn = 0
     while turn < 12 or time.perf_counter() < end:
@@ -222,7 +215,7 @@ def main() -> None:
             "device": platform.processor() or platform.machine(),
             "instruction_set": instruction_set(),
             "torch": torch.__version__,
-            "last_level_cache": last_level_cache(),
+            "last_level_cache": last_level_cache(CPU),
             "rows": [asdict(row) for row in rows],
         }
         json.dump(report, sys.stdout, indent=1)

@@ -59,6 +59,19 @@ class Case:
 
 
 HEADS = {"head_dim": 8}
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+LAYERED = {
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 0,
+}
 DENSE = (
     Case("Llama 2", "llama", {"num_key_value_heads": 4}, "multi-head attention"),
     Case("Llama 3, SmolLM2", "llama", {"tie_word_embeddings": True}, "tied head"),
@@ -101,6 +114,22 @@ DENSE = (
     Case("Ernie 4.5", "ernie4_5", HEADS),
     Case("Nemotron", "nemotron", {}, "squared ReLU, plain MLP, 1 + weight LayerNorm"),
     Case("LFM2", "lfm2", {"layer_types": ["conv", "full_attention"]}, "convolution blocks"),
+    Case("Ministral 3", "ministral3", {}, "scaled queries"),
+    Case("Seed-OSS", "seed_oss", {}, "q, k, v biases"),
+    Case("Apertus", "apertus", {}, "plain MLP with a learned activation, q and k norms"),
+    Case("Qwen3.5", "qwen3_5_text", HEADS | DELTA, "blocks of linear attention"),
+    Case(
+        "Gemma 3n",
+        "gemma3n_text",
+        HEADS | LAYERED | {"laurel_rank": 8, "activation_sparsity_pattern": [0.0, 0.0]},
+        "several residual streams, an input for each layer, low-rank bypasses",
+    ),
+    Case(
+        "Gemma 4",
+        "gemma4_text",
+        HEADS | LAYERED | {"per_layer_config": {}},
+        "an input for each layer, local and global attention",
+    ),
     Case("Mamba", "mamba", {}, "", "no key-value cache"),
 )
 ROUTED = {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2}
@@ -143,6 +172,43 @@ EXPERTS = (
         "gpt_oss",
         HEADS | {"num_local_experts": 6, "num_experts_per_tok": 2},
         "experts with biases, stored input-major, gate and up interleaved, attention sinks",
+    ),
+    Case(
+        "Qwen3-Next",
+        "qwen3_next",
+        HEADS | ROUTED | DELTA | {"shared_expert_intermediate_size": 24},
+        "experts, a gated shared expert, blocks of linear attention",
+    ),
+    Case("Phi-3.5-MoE", "phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2}, "experts"),
+    Case(
+        "Granite 4",
+        "granitemoehybrid",
+        {
+            "layer_types": ["mamba", "attention"],
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 24,
+        },
+        "experts, shared experts, blocks of a state-space model",
+    ),
+    Case(
+        "Jamba",
+        "jamba",
+        {
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 4,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+        },
+        "experts, blocks of a state-space model",
     ),
 )
 IMAGE = 300  # id of the token that stands for a piece of an image

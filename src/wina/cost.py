@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from wina.criteria.wina_kgate import KINDS_WITH_NORMS
 from wina.errors import UsageError
 from wina.models import Site, find_sites
+from wina.plan import Plan
 from wina.selection import check_sparsity
 
 THRESHOLD_BYTES = 4  # thresholds are float32
@@ -137,6 +138,43 @@ def token_cost(
         rotation=weights(sum(site.in_features**2 for site in leaders)),
         free=weights(sum(_free(site, sparsity) for site in leaders if basis == "svd")),
     )
+
+
+def token_bytes(model: PreTrainedModel, plan: Plan, read: float) -> tuple[float, float]:
+    """Return the bytes that a decoded token reads under a plan, and those of the dense model.
+
+    Counted are the planned linears, the output head and all that the plan adds.
+
+    Args:
+        model: the plan's.
+        plan: the plan.
+        read: weights of the planned linears that a token reads (``SparsityCounter.read``).
+    """
+    width = model.dtype.itemsize
+    head: Any = None if plan.document.include_head else model.get_output_embeddings()
+    other = 0.0 if head is None else float(head.weight.numel() * head.weight.itemsize)
+    dense = sum(linear.cost for linear in plan.document.linears.values()) * width + other
+    return read * width + other + extra_bytes(plan, width), dense
+
+
+def extra_bytes(plan: Plan, width: int) -> float:
+    """Return the bytes that a plan reads for a token beside the linears' weights.
+
+    Thresholds or scales are float32; a rotation, a low-rank term and a tuned bias have the
+    weights' width.
+
+    Args:
+        plan: the plan.
+        width: bytes of a weight.
+    """
+    gates = 4 * sum(vector.numel() for vector in plan.vectors.values())
+    gates += width * sum(bias.numel() for bias in plan.biases.values())
+    for name, part in plan.parts.items():
+        if name.endswith(".output_thresholds"):
+            gates += 4 * part.numel()
+        elif not name.endswith(".basis_scale"):  # it is multiplied into the rotation
+            gates += width * part.numel()
+    return gates
 
 
 def _skeleton(config: Any) -> nn.Module:

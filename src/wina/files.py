@@ -9,7 +9,7 @@ import stat
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -153,6 +153,22 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def kept(path: Path | None, schema: type[Schema], compute: Callable[[], Schema]) -> Schema:
+    """Return what a JSON file holds; if it is not there, compute it and write it.
+
+    Args:
+        path: of the file; None only computes.
+        schema: of its content.
+        compute: makes the content.
+    """
+    if path is not None and path.exists():
+        return read_json(path, schema)
+    value = compute()
+    if path is not None:
+        write_text(path, value.model_dump_json())
+    return value
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

@@ -49,6 +49,12 @@ def bar(description: str, total: int, done: int = 0) -> Iterator[Callable[[int],
             _depth -= 1
 
 
+def hide_bars() -> None:
+    """Show no bar in this process from here on: the one that started it shows one."""
+    global _depth
+    _depth += 1
+
+
 def track(items: Iterable[T], description: str, total: int, done: int = 0) -> Iterator[T]:
     """Yield ``items``, showing how many of ``total`` are done; ``done`` were done before."""
     with bar(description, total, done) as advance:

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from wina.bench import (
     random_calibration,
     random_model,
 )
+from wina.bench import run as run_module
 from wina.bench.run import _weight_bytes
 from wina.errors import UsageError
 from wina.generation import generate
 from wina.layers import SparsityCounter, sparsify
+from wina.plan import Plan
 
 SMALL = BenchSettings(sparsities=(0.0, 0.5), context=20, rounds=2, tokens=3, compare_tokens=6)
 
@@ -155,3 +158,29 @@ def test_a_gguf_file_holds_the_weights(tiny_config: str, tmp_path: Path) -> None
     assert len(found) == 2 + 2 * 9
     down = torch.tensor(found["blk.1.ffn_down.weight"].data.copy()).float()
     torch.testing.assert_close(down, model.model.layers[1].mlp.down_proj.weight.half().float())
+
+
+def plan_of(model: PreTrainedModel) -> Callable[[float], Plan]:
+    """Return what makes plans with a threshold that is the target, whatever that drops."""
+
+    def make(target: float) -> Plan:
+        plan = make_plan(model, target)
+        document = plan.document.model_copy(update={"target_sparsity": target})
+        return replace(plan, document=document)
+
+    return make
+
+
+def test_plans_of_like_layers_share_one_compiled_step(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+    real = run_module.decoder_at
+    monkeypatch.setattr(run_module, "decoder_at", lambda *a: compiled.append(a) or real(*a))
+    settings = replace(SMALL, sparsities=(0.2, 0.0, 0.6, 0.4), baselines=())
+    report = bench(model, plan_of(model), settings, name="tiny", method="wina")
+    assert len(compiled) == 2  # one for the plan that drops nothing
+    assert [one.sparsity for one in report.results] == [0.2, 0.0, 0.6, 0.4]
+    realized = [one.realized_sparsity for one in report.results]
+    assert realized[1] == 0 < realized[0] < realized[3] < realized[2]
+    assert all(one.same_text for one in report.results)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import wina
 from tests import families
-from tests.helpers import prompt
+from tests.helpers import Cli, make_plan, prompt
 from wina.calibration.collect import add_gradients, add_scores, gradient_checkpointed
 from wina.models import find_sites
 from wina.statistics import histogram
@@ -114,22 +115,39 @@ def test_usage_weighs_the_global_allocation(
     assert {x.usage for x in linears} != {1.0}
 
 
+def test_inspect_shows_a_blocks_experts_together(
+    mixtral: PreTrainedModel, tmp_path: Path, cli: Cli
+) -> None:
+    plan = make_plan(mixtral, 0.5)
+    linears = dict(plan.document.linears)
+    for name, linear in linears.items():
+        if ".experts." in name:
+            expert = int(name.split(".")[-2])
+            update = {"usage": (expert + 1) / 10.5, "sparsity": expert / 10}
+            linears[name] = linear.model_copy(update=update)
+    document = plan.document.model_copy(update={"linears": linears})
+    replace(plan, document=document).save(tmp_path / "plan")
+    shown = cli("inspect", tmp_path / "plan").out
+    # sum of (e + 1) e / 10 over sum of e + 1, e from 0 to 5
+    assert shown.count("0.33") == 4
+    assert "each sees 9.5% to 57.1% of the tokens" in shown
+
+
 def test_experts_that_saw_little_are_reported(
     mixtral: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     text: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for name, module in mixtral.named_modules():
-        if name.endswith("mlp.gate"):
-            module.weight.data[5] = 0
-            module.weight.data[:5] *= 100  # some logit of theirs is always above that zero
-            module.weight.data[5, 0] = -1e-9
+    for block in mixtral.model.layers:
+        router = block.mlp.gate.weight.data
+        # Of each of these pairs one logit is above the zero of expert 5, which two others beat.
+        router[1], router[3], router[5] = -router[0], -router[2], 0
     settings = {"tokens": 768, "context": 128, "dense_prefix": 4}
     made = wina.calibrate(mixtral, tokenizer, text, verdict=False, **settings)
     said = capsys.readouterr().err
     unseen = [x for x in made.statistics if x.usage == 0]
-    if unseen:
-        assert "experts saw fewer than 32" in " ".join(said.split())
+    assert {x.site.expert for x in unseen} == {5}
+    assert "experts saw fewer than 32" in " ".join(said.split())
     assert all(int(x.histograms["wina"].sum()) > 0 for x in made.statistics)
     assert all(bool(x.mean_square.gt(0).any()) for x in made.statistics)

@@ -54,3 +54,19 @@ def test_a_live_nan_is_seen_and_a_dropped_inf_is_not() -> None:
     assert rows(x, weight, thresholds, None).isnan().all()
     x[0, 3] = float("-inf")
     assert rows(x, weight, torch.full((20,), float("inf")), None).isinf().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "inputs"), [(1, 7), (5, 300), (3, 1024)])
+def test_gate_of_some_rows(dtype: torch.dtype, rows: int, inputs: int) -> None:
+    from wina.kernels.triton.gate import gate_rows
+
+    torch.manual_seed(rows)
+    x, thresholds = torch.randn(rows, inputs).to(dtype), torch.rand(3, inputs)
+    x[0, 0] = float("nan")
+    flags = torch.arange(rows) % 2 == 0
+    found = gate_rows(x, thresholds, flags)
+    dropped = flags[:, None] & (x.abs().float() < thresholds[:, None])
+    wanted = torch.where(dropped, 0, x)
+    assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+    assert found.dtype == dtype

@@ -128,6 +128,35 @@ def test_at_zero_and_in_prompts_transformers_computes(
         assert set(calls) == {"_one_by_one"}
 
 
+def test_at_zero_no_projection_is_looked_at(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer may have hundreds of them, and a call must not cost more than it did."""
+    sparsify(model, make_plan(model, 0.0, prefill="sparse"))
+    wanted = model(prompt()).logits
+
+    def looked(_experts: OpenExperts) -> Iterator[nn.Module]:
+        raise AssertionError("looked at")
+
+    plain = OpenExperts.projections
+    monkeypatch.setattr(OpenExperts, "projections", looked)
+    assert torch.equal(model(prompt()).logits, wanted)
+    monkeypatch.setattr(OpenExperts, "projections", plain)
+    seen: list[Tensor] = []
+    experts = next(module for module in model.modules() if isinstance(module, OpenExperts))
+    handles = [
+        layer.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+        for layer in experts.projections()
+    ]
+    model(prompt())
+    assert seen
+    for handle in handles:
+        handle.remove()
+    model(prompt())  # looks, and finds that the hooks are gone
+    monkeypatch.setattr(OpenExperts, "projections", looked)
+    assert torch.equal(model(prompt()).logits, wanted)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_every_implementation_of_transformers_gives_the_same(implementation: str) -> None:
     model = families.make(CASES[0])

@@ -1,3 +1,9 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -46,3 +52,23 @@ def test_input_major_models_save_and_load(model: PreTrainedModel, tmp_path: obje
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(prefill_and_step(again), wanted, atol=1e-4, rtol=1e-4)
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+def test_no_second_copy_of_the_weights_beyond_one_layer() -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "startup.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--config", "smollm2-135m"],
+        # Every matrix gets memory of its own, so that what is freed is given back at once.
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    sparse = found["weights_gib"] - 576 * 49_152 * 2 / 2**30
+    slack = 0.01  # of 0.2 GiB
+    for name in ("identify", "sparsify", "lay out", "densify"):
+        assert found["steps"][name]["peak_gib"] < found["largest_linear_gib"] + slack < sparse / 10

@@ -8,7 +8,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from tests.helpers import make_model, make_plan, prompt
 from wina import layers
 from wina.errors import WinaError
-from wina.layers import phase_of, sparse_layers, sparsify
+from wina.layers import change_vectors, densify, phase_of, sparse_layers, sparsify
 
 
 def fingerprint(model: nn.Module) -> dict[str, object]:
@@ -182,3 +182,25 @@ def test_a_decode_step_compiles_as_one_graph(model: PreTrainedModel, keep: float
         model(ids[:, :-1], past_key_values=cache, use_cache=True)
         found = compiled(ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_vectors_and_biases_change_in_place(model: PreTrainedModel) -> None:
+    """As when the model were made sparse anew; what held the old tensors keeps them."""
+    ids = prompt()
+    plans = [make_plan(model, 0.2), make_plan(model, 0.4, bias=True), make_plan(model, 0.0)]
+    wanted = []
+    for plan in plans:
+        sparsify(model, plan).prefill = "sparse"
+        wanted.append(model(ids).logits)
+        densify(model)
+    sparsify(model, plans[0]).prefill = "sparse"
+    name, layer = next(iter(sparse_layers(model)))
+    old = layer.vector
+    for plan, logits in zip(plans, wanted, strict=True):
+        change_vectors(model, plan)
+        assert torch.equal(model(ids).logits, logits)
+    assert torch.equal(old, plans[0].vectors[name])
+    with pytest.raises(WinaError, match="same linears"):
+        change_vectors(model, make_plan(model, 1.0, keep=0.5))
+    densify(model)
+    assert not list(sparse_layers(model))

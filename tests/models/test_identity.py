@@ -1,3 +1,4 @@
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,19 @@ def test_being_sparse_changes_no_identity(model: PreTrainedModel) -> None:
     before = identify(model, "x")
     sparsify(model, make_plan(model, 0.5))
     assert identify(model, "x") == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_hash_is_as_it_is_defined(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    tiny = [2.0**-14, -(2.0**-14), 6.1e-5, -6.1e-5, -0.0, 1e-30, float("inf"), float("nan")]
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.mlp.down_proj").weight[0, : len(tiny)] = torch.tensor(
+            tiny
+        )
+    total = hashlib.sha256()
+    for name, value in sorted(model.to(dtype).named_parameters()):
+        rounded = value.detach().to(torch.bfloat16)
+        rounded[rounded.abs() < 2.0**-14] = 0
+        digest = hashlib.sha256(rounded.view(torch.int16).numpy().tobytes()).hexdigest()
+        total.update(f"{name} {list(value.shape)} {digest}\n".encode())
+    assert identify(model, "x").weights_hash == total.hexdigest()

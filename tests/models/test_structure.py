@@ -37,7 +37,8 @@ def test_the_longest_list_of_blocks_wins() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+            self.mixers = nn.ModuleList(nn.Linear(4, 4) for _ in range(5))  # no blocks
+            self.towers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
             self.layers = nn.ModuleList(
                 nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(4, 4) for _ in range(9))})
                 for _ in range(3)
@@ -52,7 +53,7 @@ def test_a_model_without_blocks_is_refused_by_name() -> None:
     with pytest.raises(UsageError, match="unsupported architecture Sequential"):
         blocks(nn.Sequential(nn.Linear(2, 2)))
     headless = nn.Module()
-    headless.layers = nn.ModuleList([nn.Linear(2, 2)])
+    headless.layers = nn.ModuleList([nn.Sequential(nn.Linear(2, 2))])
     with pytest.raises(UsageError, match="no linear output head"):
         find_sites(headless, include_head=True)
 

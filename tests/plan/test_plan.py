@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +237,18 @@ def test_a_plan_goes_to_the_hub(monkeypatch: pytest.MonkeyPatch, plan: Plan) -> 
         ("create", ("someone/plan", True, True)),
         ("upload", ["README.md", "plan.json", "plan.safetensors"]),
     ]
+
+
+def test_the_digest_tells_plans_apart(model: PreTrainedModel) -> None:
+    plan = make_plan(model, 0.3)
+    assert plan.digest == make_plan(model, 0.3).digest
+    name = next(iter(plan.vectors))
+    moved = {**plan.vectors, name: plan.vectors[name] + 0.1}
+    others = [
+        replace(plan, vectors=moved),
+        make_plan(model, 0.3, bias=True),
+        make_plan(model, 0.3, keep=0.5),
+        make_plan(model, 0.3, keep=0.25),
+        make_plan(model, 0.3, prefill="sparse"),
+    ]
+    assert len({plan.digest, *(other.digest for other in others)}) == 6

@@ -126,6 +126,24 @@ def test_seeds(cli: Cli, qwen3: Path, text: Path, tmp_path: Path) -> None:
     assert f"| wina | {difference:+.4f} ± {error:.4f} |" in table
 
 
+def test_several_processes_fill_the_same_grid(
+    cli: Cli, qwen3: Path, text: Path, tmp_path: Path
+) -> None:
+    def cells(folder: str, *more: object) -> list[Cell]:
+        done = cli(
+            *("reproduce", "--models", qwen3, "--text", text, "--calibration-text", text),
+            *("--methods", "teal,wina,cats", "--sparsities", "0.3,0.6", "-o", tmp_path / folder),
+            *("--no-plots", "--json", *OPTIONS, "--search-tokens", 128, *more),
+        )
+        assert done.code == 0, done.err
+        found = [Cell(**x) for x in json.loads(done.out)["cells"]]
+        seconds = {"plan_seconds": 0.0, "score_seconds": 0.0}
+        return [x.model_copy(update=seconds) for x in found]
+
+    assert cells("two", "--processes", 2) == cells("one")
+    assert len(list((tmp_path / "two" / "calibrations").iterdir())) == 1
+
+
 def test_true_bytes_by_hand(cli: Cli, qwen3: Path, text: Path, tmp_path: Path) -> None:
     done = cli(
         *("reproduce", "--models", qwen3, "--text", text, "--calibration-text", text, "--json"),
@@ -183,6 +201,7 @@ def test_paired_differences_by_hand() -> None:
         (("--sparsities", "0.5,1.5"), "sparsity must lie in"),
         (("--sparsities", "0"), "above 0"),
         (("--reference", "nothing"), "unknown method"),
+        (("--processes", "0"), "at least one process"),
         (("--models", "a/x,b/x"), "one name in files"),
         (("--calibration-text", "missing.txt"), "there is no text file"),
     ],

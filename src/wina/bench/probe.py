@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 
@@ -37,6 +38,16 @@ class Probe:
     def gbps(self) -> float:
         """Median read bandwidth, GB/s (10^9 bytes)."""
         return self.block.nbytes / statistics.median(self.seconds) / 1e9
+
+
+def last_level_cache(device: torch.device) -> int:
+    """Return the last-level cache in bytes; 32 MiB if the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    for name in ("SC_LEVEL4_CACHE_SIZE", "SC_LEVEL3_CACHE_SIZE"):
+        if name in getattr(os, "sysconf_names", {}) and os.sysconf(name) > 0:
+            return os.sysconf(name)
+    return 32 << 20
 
 
 def synchronize(device: torch.device) -> None:

@@ -27,15 +27,8 @@ from wina.bench.report import Baseline, BenchReport, SparseResult
 from wina.errors import UsageError
 from wina.generation import Decoder
 from wina.kernels import use_backend
-from wina.layers import (
-    SparsityCounter,
-    change_vectors,
-    lay_out_for_decode,
-    phase_of,
-    sparse_layers,
-    sparsify,
-)
-from wina.layers.linear import read_by_others
+from wina.layers import SparsityCounter, change_vectors, lay_out_for_decode, phase_of, sparsify
+from wina.layers.linear import read_by_others, refresh, sparse_layers
 from wina.layers.quantized import packed, read
 from wina.models import find_sites
 from wina.plan import Plan
@@ -123,7 +116,8 @@ def bench(
 ) -> BenchReport:
     """Time a model's decoding, dense and at each sparsity, in one run.
 
-    The sparse model's weights are a copy of the dense model's, since both are timed in turns.
+    The sparse model's weights are a copy of the dense model's, since both are timed in turns. Plans
+    whose layers all drop something share one compiled step, which reads the thresholds in turn.
 
     Args:
         model: dense, in evaluation mode; it stays as it is.
@@ -163,12 +157,20 @@ def bench(
                 times[baseline] = []
             else:
                 notes[baseline] = reason
-        other = copy.deepcopy(model)
+        other = copy.deepcopy(model) if any(_drops(plan) for plan in plans) else model
         sparse = []
+        shared: _Step | None = None
         # The most sparse plan first: its layers decide which weights are laid out for skipping.
         for plan in sorted(plans, key=lambda plan: -plan.document.target_sparsity):
             note(f"setting up {plan.document.target_sparsity:.0%}")
-            sparse.append(_sparse(other, plan, prompt, settings, prefill))
+            if not _drops(plan):  # it leaves the weights as they are
+                step = _step(_twin(model), plan, prompt, settings, prefill)
+            elif shared is None or not shared.serves(plan):
+                step = _step(other, plan, prompt, settings, prefill)
+                shared = shared or step
+            else:
+                step = shared
+            sparse.append(_sparse(step, plan, prompt, settings))
         sparse.sort(key=lambda one: settings.sparsities.index(one.plan.document.target_sparsity))
 
         probe = Probe(device)
@@ -266,17 +268,58 @@ def _baseline(
     return own_loop(decoder, settings.context)
 
 
-def _sparse(
+@dataclass
+class _Step:
+    """A sparse model's compiled step, and the thresholds that it reads.
+
+    Attributes:
+        vectors: of each layer; what is written to them is what the step goes by.
+    """
+
+    model: PreTrainedModel
+    decoder: Decoder
+    vectors: dict[str, Tensor]
+
+    def serves(self, plan: Plan) -> bool:
+        """Return whether the step is the plan's too, but for the thresholds."""
+        every = all(bool((vector > 0).any()) for vector in plan.vectors.values())
+        active = all(layer.active for _, layer in sparse_layers(self.model))
+        return every and active and not plan.biases and plan.vectors.keys() == self.vectors.keys()
+
+    def loader(self, plan: Plan) -> Callable[[], None]:
+        """Return what gives the step a plan's thresholds."""
+        pairs = [(self.vectors[name], v.to(self.model.device)) for name, v in plan.vectors.items()]
+
+        def load() -> None:
+            for vector, new in pairs:
+                vector.copy_(new)
+
+        return load
+
+
+def _drops(plan: Plan) -> bool:
+    """Return whether a plan changes anything."""
+    return bool(plan.biases) or any(bool((vector > 0).any()) for vector in plan.vectors.values())
+
+
+def _twin(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of the modules, with the very parameters of the model."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def _step(
     model: PreTrainedModel,
     plan: Plan,
     prompt: Tensor,
     settings: BenchSettings,
     prefill: dict[str, float],
-) -> _Sparse:
-    """Make the model sparse; return its decoder, which keeps this plan's vectors."""
+) -> _Step:
+    """Make the model sparse; return its compiled step."""
     if phase_of(model) is None:
         sparsify(model, plan)
-        lay_out_for_decode(model)
+        if _drops(plan) or read_by_others(model):
+            lay_out_for_decode(model)
         masked = [x for x, layer in sparse_layers(model) if not layer.kernels and not packed(layer)]
         if masked:
             _bits(model, masked[0], "the model")
@@ -284,6 +327,18 @@ def _sparse(
         change_vectors(model, plan)
     decoder, seconds = decoder_at(model, prompt, settings.context, settings.tokens, "compiled")
     prefill[f"{plan.document.target_sparsity:g}"] = seconds
+    return _Step(model, decoder, {name: layer.vector for name, layer in sparse_layers(model)})
+
+
+def _sparse(step: _Step, plan: Plan, prompt: Tensor, settings: BenchSettings) -> _Sparse:
+    """Look at a plan's text and at what it skips; return what times it."""
+    model, decoder, load = step.model, step.decoder, step.loader(plan)
+    if any(layer.vector is not step.vectors[name] for name, layer in sparse_layers(model)):
+        for name, layer in sparse_layers(model):  # another step's plan was set up in between
+            layer.register_buffer(layer.vector_name, step.vectors[name])
+    load()
+    for _, layer in sparse_layers(model):
+        refresh(layer)
     same, text_note, realized = None, "", plan.sparsity
     with SparsityCounter(model) as counter:
         if settings.compare_tokens:
@@ -292,7 +347,12 @@ def _sparse(
             _decode(Decoder(model, prompt.shape[1] + 9, mode="eager", batch=len(prompt)), prompt, 8)
     realized = counter.sparsity
     bytes_read = _weight_bytes(model, counter)
-    run = own_loop(decoder, settings.context)
+    loop = own_loop(decoder, settings.context)
+
+    def run(tokens: int) -> float:
+        load()
+        return loop(tokens)
+
     return _Sparse(plan, run, realized, bytes_read, same, text_note)
 
 

@@ -12,7 +12,21 @@ from collections.abc import Sequence
 import typer
 from transformers.utils import logging as transformers_logging
 
-from wina.cli import bench, calibrate, chat, cost, evaluate, inspect, plan, reproduce, run, tune
+from wina.cli import (
+    bench,
+    calibrate,
+    chat,
+    compare,
+    cost,
+    evaluate,
+    inspect,
+    plan,
+    report,
+    reproduce,
+    run,
+    serve,
+    tune,
+)
 from wina.errors import UsageError, WinaError
 from wina.progress import note
 
@@ -32,10 +46,13 @@ app.command("calibrate")(calibrate.calibrate)
 app.command("plan")(plan.plan)
 app.command("tune")(tune.tune)
 app.command("eval")(evaluate.evaluate)
+app.command("report")(report.report)
+app.command("compare")(compare.compare)
 app.command("bench")(bench.bench_command)
 app.command("inspect")(inspect.inspect)
 app.command("cost")(cost.cost)
 app.command("reproduce")(reproduce.reproduce)
+app.command("serve", context_settings=serve.SETTINGS)(serve.serve)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -70,7 +70,7 @@ def bench_command(
     """
     names = BASELINES if baselines == "all" else tuple(filter(None, baselines.split(",")))
     settings = BenchSettings(
-        sparsities=_numbers(sparsities),
+        sparsities=tuple(options.numbers(sparsities, "--sparsities", float)),
         context=context,
         batch=batch,
         rounds=rounds,
@@ -178,13 +178,6 @@ def _bench_model(
         method=method,
         include_head=include_head,
     )
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise UsageError(f"--sparsities takes numbers by comma; got {text!r}") from error
 
 
 def _show(report: BenchReport) -> None:

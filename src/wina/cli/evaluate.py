@@ -84,7 +84,7 @@ def evaluate(
     for path in text or ():
         check_text(path)
     found_tasks = None if tasks is None else check_tasks(tasks.split(","), task_data)
-    targets = _numbers(sweep) if sweep is not None else [sparsity]
+    targets = options.numbers(sweep, "--sweep", float) if sweep is not None else [sparsity]
     methods = [None] if method is None else method.split(",")
     for one in methods:
         for target in targets:
@@ -152,13 +152,6 @@ def evaluate(
     if failures:
         names = ", ".join(failures)
         raise WinaError(f"{len(failures)} of the tasks failed: {names}; the others are above")
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"--sweep takes numbers separated by commas; got {text!r}") from None
 
 
 def _show(result: Evaluation) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from rich.table import Table
 from wina.calibration import Calibration
 from wina.calibration.artifact import DOCUMENT
 from wina.cli import options
-from wina.plan import Plan
+from wina.plan import Plan, PlannedLinear
 
 
 def inspect(
@@ -39,14 +40,16 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
         options.print_json({"sparsity": plan.sparsity, **document.model_dump(mode="json")})
         return
     kinds = list(dict.fromkeys(linear.kind for linear in document.linears.values()))
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, list[PlannedLinear]]] = {}
     for linear in document.linears.values():
         row = "head" if linear.block is None else str(linear.block)
-        rows.setdefault(row, {})[linear.kind] = linear.sparsity
+        rows.setdefault(row, {}).setdefault(linear.kind, []).append(linear)
     table = Table("block", *kinds, title="expected sparsity")
     for row, cells in rows.items():
-        table.add_row(row, *(f"{cells[kind]:.2f}" if kind in cells else "" for kind in kinds))
+        table.add_row(row, *(_mean(cells[kind]) if kind in cells else "" for kind in kinds))
     settings = document.model_dump(mode="json", exclude={"linears", "model"})
+    if any(linear.usage < 1 for linear in document.linears.values()):
+        settings["experts"] = _usage([linear.usage for linear in document.linears.values()])
     _print(table, {"base model": document.model.name, **settings, "expected": plan.sparsity})
 
 
@@ -66,7 +69,22 @@ def _show_calibration(calibration: Calibration, as_json: bool) -> None:
             "" if rms is None else f"{float(rms.square().mean().sqrt()):.3g}",
         )
     settings = document.model_dump(mode="json", exclude={"linears", "model"})
+    if routed := [x.usage for x in calibration.statistics if x.site.expert is not None]:
+        settings["experts"] = _usage(routed)
     _print(table, {"base model": document.model.name, **settings})
+
+
+def _mean(linears: Sequence[PlannedLinear]) -> str:
+    """Return the sparsity of a block's linears of one kind, those of all experts together."""
+    cost = sum(linear.cost for linear in linears)
+    saved = sum(linear.cost * linear.sparsity for linear in linears)
+    return f"{saved / cost:.2f}" if cost else ""
+
+
+def _usage(shares: Sequence[float]) -> str:
+    """Say how unevenly tokens are routed."""
+    routed = [share for share in shares if share < 1]
+    return f"each sees {min(routed):.1%} to {max(routed):.1%} of the tokens"
 
 
 def _print(table: Table, settings: dict[str, object]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic_core import to_json
@@ -25,6 +27,7 @@ from wina.progress import note
 from wina.selection import check_selection, check_sparsity
 from wina.tuning import TUNED, tuned_plan
 
+Number = TypeVar("Number", int, float)
 HELD_OUT_WINDOW = 256  # tokens: enough windows of little text for a bound
 
 Model = Annotated[
@@ -269,6 +272,32 @@ def load_artifacts(
         None if plan is None else Plan.load(plan),
         None if calibration is None else Calibration.load(calibration),
     )
+
+
+def numbers(text: str, option: str, kind: Callable[[str], Number]) -> list[Number]:
+    """Return the numbers of an option that takes several, separated by commas."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} takes numbers separated by commas; got {text!r}") from None
+
+
+def command_line(context: typer.Context) -> str:
+    """Return the command that was given, with the options that are not at their defaults."""
+    words = ["wina", str(context.info_name)]
+    for parameter in context.command.params:
+        value = context.params.get(str(parameter.name))
+        if value in (parameter.default, None, (), []) or parameter.name == "as_json":
+            continue
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if parameter.param_type_name == "argument":
+            words += map(str, values)
+        elif isinstance(value, bool):
+            words.append((parameter.opts if value else parameter.secondary_opts)[0])
+        else:
+            name = max(parameter.opts, key=len)
+            words += [word for one in values for word in (name, str(one))]
+    return shlex.join(words)
 
 
 def decode_mode(compile_step: bool | None) -> Mode:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
@@ -16,8 +15,6 @@ from wina.reproduce import GridSettings, write_report
 from wina.reproduce import reproduce as run_grid
 from wina.reproduce.plots import check_plots
 from wina.reproduce.report import REFERENCES
-
-T = TypeVar("T", int, float)
 
 
 def reproduce(
@@ -48,6 +45,9 @@ def reproduce(
     fill: Annotated[
         bool, typer.Option(help="Fill the grid; or report on the cells that are there.")
     ] = True,
+    processes: Annotated[
+        int, typer.Option(help="That fill it side by side, each with a model of its own.")
+    ] = 1,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     seeds: Annotated[
@@ -69,8 +69,8 @@ def reproduce(
         raise UsageError("name a text to score: --text FILE")
     if plots:
         check_plots()
-    targets = _numbers("--sparsities", sparsities, float)
-    chosen = _numbers("--seeds", seeds, int)
+    targets = options.numbers(sparsities, "--sparsities", float)
+    chosen = options.numbers(seeds, "--seeds", int)
     settings = GridSettings(
         text=tuple(text),
         calibration_text=tuple(calibration_text or ()),
@@ -83,17 +83,12 @@ def reproduce(
     )
     wanted = names.split(",") if names else list(methods)
     references = [methods.get(name).name for name in reference.split(",")]
-    cells = run_grid(output, models.split(","), wanted, targets, settings, device, chosen, fill)
+    cells = run_grid(
+        *(output, models.split(","), wanted, targets, settings, device, chosen, fill, processes)
+    )
     paths = write_report(output, cells, references, plots=plots)
     if as_json:
         options.print_json({"cells": [cell.model_dump(mode="json") for cell in cells]})
         return
     for path in paths:
         note(str(path), style="none")
-
-
-def _numbers(option: str, text: str, kind: Callable[[str], T]) -> list[T]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"{option} takes numbers separated by commas; got {text!r}") from None

@@ -6,7 +6,9 @@ the tokenizer starts a fresh text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import pydoc_data.topics
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,17 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from wina.allocation.build import versions
 from wina.calibration.text import read_text
+from wina.cost import token_bytes
 from wina.errors import UsageError
 from wina.evaluation.bounds import divergence, perplexity_increase
+from wina.files import kept
 from wina.measures import Totals, compare, score_plan
 from wina.models import start_ids
-from wina.plan import Plan
+from wina.plan import Plan, PlannedLinear
 from wina.progress import track
 
 CONTEXT = 2_048
+OWN_TEXT = "Python's own documentation"
 
 
 class DenseResult(BaseModel):
@@ -52,6 +57,9 @@ class SparseResult(BaseModel):
         top1_agreement: share of positions where both models put the same token first.
         by_kind: realized sparsity of each kind of projection.
         by_block: realized sparsity of each decoder block.
+        by_place: realized sparsity of each kind of projection in each block.
+        bytes: that a token reads: of the planned linears, the head and all that the plan adds;
+            ``dense_bytes`` the dense model's.
         increase: perplexity / the dense model's - 1; ``increase_upper`` and ``kl_upper`` are
             one-sided 95 % upper bounds, windows being the units; None for too few of them.
         windows: what each window contributed.
@@ -67,6 +75,9 @@ class SparseResult(BaseModel):
     top1_agreement: float
     by_kind: dict[str, float]
     by_block: dict[int, float]
+    by_place: dict[str, dict[int, float]] = {}
+    bytes: float = 0.0
+    dense_bytes: float = 0.0
     increase: float = 0.0
     increase_upper: float | None = None
     kl_upper: float | None = None
@@ -74,10 +85,15 @@ class SparseResult(BaseModel):
 
 
 class Evaluation(BaseModel):
-    """One evaluation: settings, the dense model, and a result for each plan."""
+    """One evaluation: settings, the dense model, and a result for each plan.
+
+    ``text_hash`` is the SHA-256 of the windows' ids: evaluations with equal ones can be compared
+    window by window.
+    """
 
     model: str
     text: list[str]
+    text_hash: str = ""
     tokens: int
     scored_positions: int
     context: int
@@ -103,7 +119,7 @@ def text_windows(
     Args:
         model: its context limits the windows.
         tokenizer: the model's.
-        paths: UTF-8 text files, one after the other.
+        paths: UTF-8 text files, one after the other; none takes Python's own documentation.
         tokens: how many tokens to score at most, the windows' start ids not counted.
         context: positions of a window, start ids included.
         dense_prefix: a window must be longer.
@@ -120,7 +136,7 @@ def text_windows(
     length = context - len(start)
     if length <= dense_prefix + 1:
         raise UsageError("the dense prefix leaves nothing of the context to score")
-    text = "".join(read_text(path) for path in paths)
+    text = "".join(read_text(path) for path in paths) if paths else own_text()
     ids = tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]
     if len(ids) <= dense_prefix + 1:
         raise UsageError(
@@ -131,6 +147,12 @@ def text_windows(
         for first in range(0, len(ids), length)
     ]
     return [x for x in windows if x.shape[1] > dense_prefix + 1], start
+
+
+def own_text() -> str:
+    """Return a text that every Python carries, and that nothing here is calibrated on."""
+    topics = pydoc_data.topics.topics
+    return "\n".join(topics[name] for name in sorted(topics))
 
 
 @torch.no_grad()
@@ -144,6 +166,7 @@ def evaluate(
     tokens: int,
     context: int | None = None,
     dense_prefix: int = 20,
+    work: Path | None = None,
 ) -> Evaluation:
     """Score the dense model and each plan on text.
 
@@ -151,32 +174,40 @@ def evaluate(
         model: dense, in evaluation mode; dense again at the end.
         tokenizer: its tokenizer.
         plans: what to score, in order.
-        paths: UTF-8 text files.
+        paths: UTF-8 text files; none takes Python's own documentation.
         name: of the model, for the record.
         tokens: how many tokens of the text at most.
         context: positions of a window; None is 2,048 or the model's if less.
         dense_prefix: first positions of a window, dense and not scored.
+        work: a folder where each result is kept as it comes, and found when started again; what
+            is in it must be of the same model, plans and settings.
     """
     context = min(CONTEXT, _limit(model) or CONTEXT) if context is None else context
     windows, start = text_windows(model, tokenizer, paths, tokens, context, dense_prefix)
-    dense = Totals()
-    for ids in track(windows, "dense", len(windows)):
-        ids = ids.to(model.device)
-        logits = model(ids, use_cache=False).logits[0, dense_prefix:-1]
-        dense += compare(logits, ids[0, dense_prefix + 1 :])
-    results = [_score(model, plan, windows, dense_prefix) for plan in plans]
+
+    def result_of(plan: Plan, number: int) -> SparseResult:
+        path = None if work is None else work / f"quality-{number}.json"
+        return kept(path, SparseResult, lambda: _score(model, plan, windows, dense_prefix))
+
+    dense = kept(
+        None if work is None else work / "quality-dense.json",
+        DenseResult,
+        lambda: _score_dense(model, windows, dense_prefix),
+    )
+    results = [result_of(plan, number) for number, plan in enumerate(plans)]
     return Evaluation(
         model=name,
-        text=[path.name for path in paths],
+        text=[path.name for path in paths] or [OWN_TEXT],
+        text_hash=_digest(windows),
         tokens=sum(window.shape[1] - len(start) for window in windows),
-        scored_positions=dense.positions,
+        scored_positions=sum(window.shape[1] - dense_prefix - 1 for window in windows),
         context=context,
         dense_prefix=dense_prefix,
         start=start,
         device=_device_name(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         versions=versions(),
-        dense=DenseResult(perplexity=dense.perplexity),
+        dense=dense,
         results=results,
     )
 
@@ -186,6 +217,24 @@ def _limit(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
+def _score_dense(
+    model: PreTrainedModel, windows: Sequence[Tensor], dense_prefix: int
+) -> DenseResult:
+    totals = Totals()
+    for ids in track(windows, "dense", len(windows)):
+        ids = ids.to(model.device)
+        logits = model(ids, use_cache=False).logits[0, dense_prefix:-1]
+        totals += compare(logits, ids[0, dense_prefix + 1 :])
+    return DenseResult(perplexity=totals.perplexity)
+
+
+def _digest(windows: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for window in windows:
+        digest.update(window.numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _score(
     model: PreTrainedModel, plan: Plan, windows: Sequence[Tensor], dense_prefix: int
 ) -> SparseResult:
@@ -193,6 +242,9 @@ def _score(
     what = f"{document.method} {document.allocation} {document.target_sparsity:.0%}"
     each: list[Totals] = []
     totals, counter = score_plan(model, plan, windows, dense_prefix, what, each)
+    shares = counter.by_linear()
+    kinds = dict.fromkeys(x.kind for x in document.linears.values() if x.block is not None)
+    read, dense = token_bytes(model, plan, counter.read)
     return SparseResult(
         increase=perplexity_increase(each).estimate,
         increase_upper=perplexity_increase(each).upper,
@@ -209,8 +261,11 @@ def _score(
         perplexity=totals.perplexity,
         kl=totals.kl,
         top1_agreement=totals.agreement,
-        by_kind=_grouped(plan, counter.by_linear(), lambda linear: linear.kind),
-        by_block=_grouped(plan, counter.by_linear(), lambda linear: linear.block),
+        by_kind=_grouped(plan, shares, lambda linear: linear.kind),
+        by_block=_grouped(plan, shares, lambda linear: linear.block),
+        by_place={kind: _grouped(plan, shares, _block_if(kind)) for kind in kinds},
+        bytes=read,
+        dense_bytes=dense,
     )
 
 
@@ -225,6 +280,10 @@ def _grouped(plan: Plan, shares: dict[str, float], key: Any) -> dict[Any, float]
             dropped[group] = dropped.get(group, 0.0) + share * weights
             total[group] = total.get(group, 0.0) + weights
     return {group: dropped[group] / total[group] for group in total if total[group]}
+
+
+def _block_if(kind: str) -> Callable[[PlannedLinear], int | None]:
+    return lambda linear: linear.block if linear.kind == kind else None
 
 
 def _device_name(device: torch.device) -> str:

@@ -47,7 +47,7 @@ class Limits:
     def __str__(self) -> str:
         parts = []
         if self.perplexity_increase is not None:
-            parts.append(f"perplexity at most {self.perplexity_increase:.3g} above dense")
+            parts.append(f"perplexity at most {100 * self.perplexity_increase:.3g} % above dense")
         if self.kl is not None:
             parts.append(f"KL at most {self.kl:.3g} nats a token")
         return " and ".join(parts)

@@ -370,13 +370,7 @@ def _said(error: Exception) -> str:
 def _entry(facts: Sequence[object], plan: Plan | None) -> Path:
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     if plan is not None:
-        document = plan.document
-        digest.update(f"{document.selection} {document.prefill} {document.dense_prefix}".encode())
-        for linear, vector in sorted(plan.vectors.items()):
-            digest.update(f"{linear} {document.linears[linear].keep}".encode())
-            digest.update(vector.numpy().tobytes())
-            if linear in plan.biases:
-                digest.update(plan.biases[linear].numpy().tobytes())
+        digest.update(plan.digest.encode())
     return cached("answers", f"{digest.hexdigest()[:24]}.jsonl")
 
 

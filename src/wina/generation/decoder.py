@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 from wina.errors import UsageError
 from wina.generation.attention import decoding_attention
 from wina.generation.sampling import Sampling, draw
+from wina.kernels.blocks import release, run_blocks
 from wina.kernels.fusion import fuse
 from wina.layers import phase_of
 from wina.progress import note
@@ -245,15 +246,19 @@ def record(function: Callable[[], object]) -> Callable[[], object]:
         function: takes no argument; traced in one graph, with wina's operators fused.
     """
     calls: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+    numbers: list[int] = []  # of rows of blocks that the CPU library runs
 
     def backend(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
         from torch._inductor.compile_fx import compile_fx
 
-        compiled: Any = compile_fx(fuse(graph), inputs)
+        graph, kept, rows = run_blocks(fuse(graph), inputs)
+        numbers.extend(rows)
+        compiled: Any = compile_fx(graph, [inputs[i] for i in kept])
 
         def call(*arguments: Any) -> object:
-            calls.append((compiled, arguments))
-            return compiled(*arguments)
+            remaining = tuple(arguments[i] for i in kept)
+            calls.append((compiled, remaining))
+            return compiled(*remaining)
 
         return call
 
@@ -265,4 +270,9 @@ def record(function: Callable[[], object]) -> Callable[[], object]:
     torch.compile(own, backend=backend, fullgraph=True, dynamic=False)()
     (compiled, arguments), *more = calls
     assert not more, "a step in one graph calls it once"
-    return lambda: compiled(*arguments)
+
+    def step() -> object:
+        return compiled(*arguments)
+
+    release(step, numbers)
+    return step

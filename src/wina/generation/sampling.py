@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from wina.errors import UsageError
+from wina.kernels import most_likely
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tens
         generator: of the logits' device.
     """
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return most_likely(logits)
     probabilities = (logits.float() / sampling.temperature).softmax(-1)
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True)

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from wina.kernels.absorb import absorb
 from wina.kernels.backends import available_backends
+from wina.kernels.dense import use_dense
 
 OPS = torch.ops.wina
 LINEAR, QUANTIZED = OPS.sparse_linear, OPS.quantized_linear
@@ -49,6 +50,7 @@ def fuse(module: GraphModule) -> GraphModule:
     for group in groups.values():
         _fuse_group(group, order)
     if _has_fused(module):
+        use_dense(module)
         absorb(module)
     module.graph.lint()
     module.recompile()

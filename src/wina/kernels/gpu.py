@@ -86,6 +86,18 @@ def decode_attention(
     return result
 
 
+def skips(x: Tensor, outputs: Sequence[int], *, gated: bool) -> bool:
+    """Return whether the kernels skip rows for this many rows of x; fake tensors serve too.
+
+    Args:
+        x: shape (..., inputs), CUDA.
+        outputs: of each projection; of the gate where ``gated``.
+        gated: act(gate) * up.
+    """
+    result: bool = _backend().skips(x, outputs, gated)
+    return result
+
+
 @cache
 def register() -> None:
     """Give torch the implementations for CUDA tensors."""

@@ -41,6 +41,18 @@ SCHEMAS = {
     "decode_attention": (
         "(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor"
     ),
+    "most_likely": "(Tensor logits) -> Tensor",
+}
+# What only the CPU library computes: a row of decoder blocks, made known under a number
+# (wina.kernels.blocks).
+BLOCK_SCHEMAS = {
+    "add_block": (
+        "(int number, Tensor[] norm, float epsilon, Tensor[] weights, Tensor[] thresholds, "
+        "Tensor[] biases, Tensor[] cache, float scale, Tensor[] out_weight, "
+        "Tensor[] out_thresholds, Tensor[] out_bias, Tensor[] mlp_norm, float mlp_epsilon, "
+        "Tensor[] mlp_weights, Tensor[] mlp_thresholds, str activation, Tensor[] mlp_biases) -> ()"
+    ),
+    "decode_blocks": "(Tensor x, Tensor cos, Tensor sin, Tensor mask, int number) -> Tensor",
 }
 
 
@@ -126,6 +138,14 @@ def decode_attention(
     return result
 
 
+def most_likely(logits: Tensor) -> Tensor:
+    """Return the place of each row's largest logit, int64 (batch,), as ``argmax`` does."""
+    if logits.dtype == torch.float64 or _needs_reference(logits):
+        return logits.argmax(-1)
+    result: Tensor = torch.ops.wina.most_likely(logits)
+    return result
+
+
 def _needs_reference(*tensors: Tensor | None) -> bool:
     """Return whether the reference was asked for, or a gradient."""
     if backends.active_backend() == backends.REFERENCE:
@@ -143,17 +163,19 @@ def _unpack(biases: list[Tensor], count: int) -> list[Tensor | None]:
     return [bias if bias.numel() else None for bias in biases] or [None] * count
 
 
-def _linear(x: Tensor, weight: Tensor, thresholds: Tensor, bias: list[Tensor]) -> Tensor:
+def reference_linear(x: Tensor, weight: Tensor, thresholds: Tensor, bias: list[Tensor]) -> Tensor:
+    """Compute ``sparse_linear`` in plain torch, arguments as the operator's."""
     return reference.sparse_linear(x, weight, thresholds, *_unpack(bias, 1))
 
 
-def _linears(
+def reference_linears(
     x: Tensor, weights: list[Tensor], thresholds: list[Tensor], biases: list[Tensor]
 ) -> list[Tensor]:
+    """Compute ``sparse_linears`` in plain torch, arguments as the operator's."""
     return reference.sparse_linears(x, weights, thresholds, _unpack(biases, len(weights)))
 
 
-def _gated_mlp(
+def reference_gated_mlp(
     x: Tensor,
     gate: Tensor,
     up: Tensor,
@@ -164,6 +186,7 @@ def _gated_mlp(
     activation: str,
     biases: list[Tensor],
 ) -> Tensor:
+    """Compute ``sparse_gated_mlp`` in plain torch, arguments as the operator's."""
     thresholds = (gate_thresholds, up_thresholds, down_thresholds)
     return reference.sparse_gated_mlp(
         x, gate, up, down, *thresholds, activation, *_unpack(biases, 3)
@@ -249,21 +272,38 @@ def _fake_attention(
     return query.new_empty((*query.shape[:3], value.shape[3]))
 
 
+def _most_likely(logits: Tensor) -> Tensor:
+    return logits.argmax(-1)
+
+
+def _fake_most_likely(logits: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+
+def _fake_blocks(x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, number: int) -> Tensor:
+    del cos, sin, mask, number
+    return x.new_empty(x.shape)
+
+
 def _define() -> None:
     implementations: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
-        "sparse_linear": (_linear, _fake_linear),
-        "sparse_linears": (_linears, _fake_linears),
-        "sparse_gated_mlp": (_gated_mlp, _fake_gated_mlp),
+        "sparse_linear": (reference_linear, _fake_linear),
+        "sparse_linears": (reference_linears, _fake_linears),
+        "sparse_gated_mlp": (reference_gated_mlp, _fake_gated_mlp),
         "fused_linears": (_fused_linears, _fake_fused_linears),
         "fused_gated_mlp": (_fused_gated_mlp, _fake_fused_mlp),
         "dense_linear": (_dense, _fake_dense),
         "decode_attention": (reference.decode_attention, _fake_attention),
+        "most_likely": (_most_likely, _fake_most_likely),
     }
     for name, (implementation, fake) in implementations.items():
         op = f"{NAMESPACE}::{name}"
         torch.library.define(op, SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(op, "CompositeExplicitAutograd", implementation)
         torch.library.register_fake(op, fake)
+    for name, schema in BLOCK_SCHEMAS.items():
+        torch.library.define(f"{NAMESPACE}::{name}", schema)
+    torch.library.register_fake(f"{NAMESPACE}::decode_blocks", _fake_blocks)
 
 
 _define()

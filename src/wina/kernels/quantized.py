@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from wina.errors import UsageError
 from wina.kernels import backends, reference
-from wina.kernels.cpu.library import empty_rows
+from wina.kernels.cpu.library import Arena
 
 BLOCK_BYTES = 64
 BITS = (8, 4)
@@ -84,7 +84,11 @@ class QuantizedWeight(NamedTuple):
 
 
 def pack(
-    codes: Tensor, scales: Tensor, zeros: Tensor | None = None, bits: int = 4
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    bits: int = 4,
+    arena: Arena | None = None,
 ) -> QuantizedWeight:
     """Lay out a quantized weight for the kernels.
 
@@ -94,6 +98,7 @@ def pack(
         zeros: (out_features, groups): int8 zero points, or, with 4 bits, minima in the scales'
             dtype.
         bits: 8 or 4.
+        arena: where codes on the CPU are put; None gives them memory of their own.
 
     Raises:
         UsageError: shapes, dtypes or codes that the layout cannot hold.
@@ -127,7 +132,9 @@ def pack(
     else:
         nibbles = (words + 8).to(torch.uint8).reshape(width, -1, 2)
         ordered = nibbles[..., 0] | nibbles[..., 1] << 4
-    stored = empty_rows(ordered.shape, ordered.dtype, ordered.device).copy_(ordered)
+    if ordered.device.type == "cpu":
+        ordered = (arena or Arena(chunk=0)).empty(ordered.shape, ordered.dtype).copy_(ordered)
+    stored = ordered.contiguous()
     none = scales.new_empty(0) if zeros is None else zeros.t().contiguous()
     return QuantizedWeight(stored, scales.t().contiguous(), none)
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from wina.layers.foreign import FLOATS
 from wina.layers.linear import SPARSE_CLASSES, SparseLayer
@@ -73,6 +74,16 @@ class ExpertLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return W x + b for x of shape (rows, in_features)."""
         return functional.linear(x, self.weight, self.bias)
+
+    def register_forward_pre_hook(self, *args: Any, **options: Any) -> RemovableHandle:
+        """Register a hook, as any module does, and let the opened experts know of it."""
+        self.owner.__dict__["_hooked"] = True
+        return super().register_forward_pre_hook(*args, **options)
+
+    def register_forward_hook(self, *args: Any, **options: Any) -> RemovableHandle:
+        """Register a hook, as any module does, and let the opened experts know of it."""
+        self.owner.__dict__["_hooked"] = True
+        return super().register_forward_hook(*args, **options)
 
 
 class SparseExpertLinear(SparseLayer, ExpertLinear):
@@ -125,6 +136,7 @@ class OpenExperts(nn.Module):
 
     closed_class: ClassVar[type[nn.Module]]
     _gates: _Gates | None
+    _hooked: bool  # whether a projection has been hooked since the last look
 
     def names(self) -> tuple[str, str]:
         """Return the names of the fused parameters: into the expert, and out of it."""
@@ -161,7 +173,9 @@ class OpenExperts(nn.Module):
         return self._one_by_one(hidden_states, top_k_index, top_k_weights, phase)
 
     def _observed(self) -> bool:
-        return any(x._forward_pre_hooks or x._forward_hooks for x in self.projections())
+        if self._hooked:  # else hundreds of projections need not be asked at every call
+            self._hooked = any(x._forward_pre_hooks or x._forward_hooks for x in self.projections())
+        return self._hooked
 
     def _one_by_one(
         self, hidden: Tensor, index: Tensor, weights: Tensor, phase: Phase | None
@@ -320,14 +334,14 @@ def _open(module: nn.Module) -> OpenExperts:
         module.add_module(str(expert), parts)
     module.__class__ = _open_classes[closed]
     assert isinstance(module, OpenExperts)
-    module._gates = None
+    module._gates, module._hooked = None, False
     return module
 
 
 def _close(experts: OpenExperts) -> None:
     for expert in range(len(experts.get_parameter("down_proj"))):
         delattr(experts, str(expert))
-    del experts._gates
+    del experts._gates, experts._hooked
     for name in experts.names():
         parameter = experts.get_parameter(name)
         if not parameter.is_contiguous():  # see store_input_major

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from wina.kernels import available_backends
-from wina.kernels.cpu.library import input_major
+from wina.kernels.cpu.library import Arena, input_major
 from wina.layers.experts import SparseExpertLinear, store_input_major
 from wina.layers.foreign import device_of
 from wina.layers.linear import RowsLinear, SparseLayer, matrix, sparse_layers
@@ -35,28 +35,29 @@ def lay_out_for_decode(model: nn.Module) -> None:
         devices.add("cuda")
     if not devices:
         return
+    arena = Arena()
     for _, layer in sparse_layers(model):
         if isinstance(layer, MaskedLayer) and layer.keep is None:
             if layer.vector.device.type in devices:
-                pack_layer(layer)
+                pack_layer(layer, arena)
             continue
         runnable = layer.kernels and layer.active and layer.keep is None and not packed(layer)
         if runnable and matrix(layer).device.type in devices:
-            _store(layer)
+            _store(layer, arena)
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     if isinstance(head, nn.Module) and device_of(head).type in devices:
-        pack_head(head)
+        pack_head(head, arena)
     if "cpu" not in devices:
         return
     if type(head) is nn.Linear and head.weight.device.type == "cpu":
         head.__class__ = RowsLinear  # its weight stays as it is: it may be the embeddings' too
 
 
-def _store(layer: SparseLayer) -> None:
+def _store(layer: SparseLayer, arena: Arena) -> None:
     if isinstance(layer, SparseExpertLinear):
         store_input_major(layer.owner)
         return
     weight = layer.get_parameter("weight")
     if matrix(layer).stride(0) != 1:
-        weight.data = input_major(weight.data)
+        weight.data = input_major(weight.data, arena)

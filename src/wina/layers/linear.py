@@ -253,6 +253,17 @@ def make_sparse(
     module.__class__ = form
     assert isinstance(module, SparseLayer)
     module.selection, module.keep, module.phase = selection, keep, phase
+    set_vectors(module, vector, sparse_bias)
+
+
+def set_vectors(module: SparseLayer, vector: Tensor, sparse_bias: Tensor | None) -> None:
+    """Give a sparse layer new tensors for its vector and bias; the old ones are left as they are.
+
+    Args:
+        module: the layer.
+        vector: as in ``make_sparse``.
+        sparse_bias: as in ``make_sparse``.
+    """
     module.register_buffer(module.vector_name, vector)
     if sparse_bias is not None:
         sparse_bias = sparse_bias.to(_bias_dtype(module))

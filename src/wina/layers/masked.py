@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from wina.kernels.cpu import Arena
 from wina.layers.foreign import is_foreign
 from wina.layers.linear import FALLBACKS, SparseLayer
 from wina.layers.quantized import NO_THRESHOLDS, drop, multiply, packed, read, store, store_dense
@@ -86,21 +87,21 @@ class PackedLinear(nn.Module):
         return y
 
 
-def pack_layer(layer: MaskedLayer) -> bool:
+def pack_layer(layer: MaskedLayer, arena: Arena) -> bool:
     """Keep a masked layer's codes for the kernels; return whether it is made of codes."""
     if packed(layer) is None:
-        weight = read(layer)
+        weight = read(layer, arena)
         if weight is None:
             return False
         store(layer, weight)
     return True
 
 
-def pack_head(head: nn.Module) -> None:
+def pack_head(head: nn.Module, arena: Arena) -> None:
     """Let the kernels decode with a dense foreign linear, in place, if it is made of codes."""
     if not is_foreign(head):
         return
-    weight = read(head)
+    weight = read(head, arena)
     if weight is None:
         return
     dense = type(head)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from wina.kernels import QuantizedWeight, pack, quantized_linear
+from wina.kernels.cpu import Arena
 from wina.layers.foreign import (
     FLOATS,
     dequantized,
@@ -35,7 +36,7 @@ NO_THRESHOLDS = "no_thresholds"
 
 
 @torch.no_grad()
-def read(module: nn.Module) -> QuantizedWeight | None:
+def read(module: nn.Module, arena: Arena | None = None) -> QuantizedWeight | None:
     """Return a foreign linear's weight as codes and scales; None if it is not made of those.
 
     None too where the linear rounds its inputs: the kernels do not, and would compute otherwise.
@@ -50,7 +51,7 @@ def read(module: nn.Module) -> QuantizedWeight | None:
         found = _codes(matrix, scales)
         if found is not None and _keeps_inputs(module, matrix):
             codes, zeros, bits = found
-            return pack(codes, scales, zeros, bits)
+            return pack(codes, scales, zeros, bits, arena)
     return None
 
 

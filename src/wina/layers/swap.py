@@ -16,7 +16,7 @@ from wina.layers.linear import (
     is_linear,
     make_dense,
     make_sparse,
-    refresh,
+    set_vectors,
     sparse_layers,
 )
 from wina.layers.masked import unpack_head
@@ -90,21 +90,22 @@ def sparsify(model: nn.Module, plan: Plan) -> Phase:
 
 
 def change_vectors(model: nn.Module, plan: Plan) -> None:
-    """Give a sparse model the vectors of another plan for the same linears.
+    """Give a sparse model the vectors and biases of another plan for the same linears.
 
     Nothing else changes, the weights' layout included; the old vectors are not written to, so
     what was compiled or captured with them goes on with them.
 
     Raises:
-        WinaError: the plan names other linears, has biases, or chooses in another way.
+        WinaError: the plan names other linears, holds extras, or chooses in another way.
     """
     layers = dict(sparse_layers(model))
-    selection = {layer.selection for layer in layers.values()}
-    if layers.keys() != plan.vectors.keys() or selection != {"threshold"} or plan.biases:
+    selections = {plan.document.selection, *(layer.selection for layer in layers.values())}
+    if layers.keys() != plan.vectors.keys() or selections != {"threshold"} or plan.parts:
         raise WinaError("only the thresholds of the same linears can be changed in place")
     for name, layer in layers.items():
-        layer.register_buffer(layer.vector_name, plan.vectors[name].to(layer.vector.device))
-        refresh(layer)
+        device = layer.vector.device
+        bias = plan.biases[name].to(device) if name in plan.biases else None
+        set_vectors(layer, plan.vectors[name].to(device), bias)
 
 
 def attach_phase(model: nn.Module, phase: Phase) -> None:

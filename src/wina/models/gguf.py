@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from wina.errors import UsageError
 from wina.kernels import QuantizedWeight, pack
+from wina.kernels.cpu import Arena
 from wina.kernels.quantized import dequantize
 from wina.layers.quantized import store, store_dense
 from wina.models.structure import find_sites
@@ -51,10 +52,10 @@ def keep_codes(model: PreTrainedModel, path: Path) -> int:
         found = names.get_name(name)
         return None if found is None else tensors.get(f"{found}.weight")
 
-    kept = 0
+    kept, arena = 0, Arena()
     for site in find_sites(model):
         module = model.get_submodule(site.name)
-        weight = _weight(stored(site.name), module, model)
+        weight = _weight(stored(site.name), module, model, arena)
         if weight is not None:
             store(module, weight)
             kept += 1
@@ -63,13 +64,15 @@ def keep_codes(model: PreTrainedModel, path: Path) -> int:
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
         own = tensors.get("output.weight") or tensors.get("token_embd.weight")
-        weight = _weight(own, head, model)
+        weight = _weight(own, head, model, arena)
         if weight is not None:
             store_dense(head, weight)
     return kept
 
 
-def _weight(tensor: Any, module: nn.Module, model: PreTrainedModel) -> QuantizedWeight | None:
+def _weight(
+    tensor: Any, module: nn.Module, model: PreTrainedModel, arena: Arena
+) -> QuantizedWeight | None:
     """Return a tensor of the file as a weight, its rows in the order of the module's."""
     own = module._parameters.get("weight")
     if tensor is None or tensor.tensor_type.name not in TYPES or own is None:
@@ -79,7 +82,7 @@ def _weight(tensor: Any, module: nn.Module, model: PreTrainedModel) -> Quantized
         return None
     for order in _orders(model, len(codes)):
         zeros = None if minima is None else minima[order]
-        weight = pack(codes[order], scales[order], zeros, bits)
+        weight = pack(codes[order], scales[order], zeros, bits, arena)
         if torch.equal(dequantize(weight).to(own.dtype), own):
             return weight
     return None

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from wina.layers.foreign import plain_weight
@@ -35,21 +38,28 @@ CONFIG_KEYS = (
     "hidden_act",
     "tie_word_embeddings",
 )
-SMALLEST_NORMAL_FLOAT16 = 2.0**-14
+LARGEST_ZEROED = 2.0**-14 * (1 - 2.0**-8)  # the bfloat16 below float16's smallest normal number
+CHUNK = 1 << 20  # values
+THREADS = min(16, os.cpu_count() or 1)
 
 
 def identify(model: PreTrainedModel, name: str, revision: str | None = None) -> ModelIdentity:
     """Return the identity of ``model``, whose weights are all read (about 1 GB/s a core)."""
     settle(model)
-    config = model.config.get_text_config()
-    facts = {key: getattr(config, key, None) for key in CONFIG_KEYS}
     return ModelIdentity(
         name=name,
         revision=revision,
-        config_hash=hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(),
+        config_hash=config_hash(model.config),
         weights_hash=_weights_hash(model),
         dtype=str(model.dtype).removeprefix("torch."),
     )
+
+
+def config_hash(config: Any) -> str:
+    """Return the hash of a Transformers config."""
+    text = config.get_text_config()
+    facts = {key: getattr(text, key, None) for key in CONFIG_KEYS}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 @torch.no_grad()
@@ -79,7 +89,7 @@ def _weights_hash(model: nn.Module) -> str:
             for name, buffer in model.named_buffers()
             if name.rpartition(".")[0] in kept and name not in ours
         )
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         digests = pool.map(_digest, (tensor for _, tensor in tensors))
     total = hashlib.sha256()
     for (name, tensor), digest in zip(tensors, digests, strict=True):
@@ -96,8 +106,7 @@ def _digest(tensor: torch.Tensor) -> str:
     if not tensor.is_floating_point():
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
-    for chunk in torch.split(tensor.detach().flatten(), 1 << 24):
-        rounded = chunk.to(torch.bfloat16)
-        rounded = torch.where(rounded.abs() < SMALLEST_NORMAL_FLOAT16, 0, rounded)
-        digest.update(rounded.cpu().view(torch.int16).numpy().tobytes())
+    for chunk in torch.split(tensor.detach().flatten(), CHUNK):
+        rounded = functional.hardshrink(chunk.to(torch.bfloat16).cpu(), LARGEST_ZEROED)
+        digest.update(rounded.view(torch.int16).numpy().data)
     return digest.hexdigest()

@@ -23,8 +23,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from wina.errors import UsageError, WinaError
 from wina.files import cached, replacing_folder
+from wina.models.families import families
 
 DEMO = "demo"
+TOKENIZER = "tokenizer.json"
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -53,6 +55,9 @@ def load_model(
 ) -> LoadedModel:
     """Load a model and its tokenizer.
 
+    A ``tokenizer.json`` beside a GGUF file, as ``save_pretrained`` writes it, goes before the
+    tokenizer in the file, which Transformers must convert and not every version converts alike.
+
     Args:
         source: hub id, local folder, path of a GGUF file, or None or "demo" for the embedded
             SmolLM2-135M-Instruct.
@@ -68,17 +73,22 @@ def load_model(
     place = resolve_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"unsupported dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
+    list(families)  # packages with families of their own may make Transformers know their models
     name, folder, gguf = _locate(source)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if gguf is not None:
         options["gguf_file"] = gguf
     torch_dtype: Any = DTYPES.get(dtype, torch.float32 if gguf else "auto")
     converted = None if gguf is None else _converted(Path(folder) / gguf)
+    beside = folder if gguf is not None and (Path(folder) / TOKENIZER).is_file() else None
     if converted is not None and converted.is_dir():
         folder = str(converted)
         options.pop("gguf_file")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        if beside is not None:
+            tokenizer = AutoTokenizer.from_pretrained(beside)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model, found = _auto_class(folder, options).from_pretrained(
             folder, dtype=torch_dtype, output_loading_info=True, **options
         )
@@ -99,6 +109,28 @@ def load_model(
     return LoadedModel(model.eval().to(place), tokenizer, name, commit)
 
 
+def folder_of(source: str) -> str:
+    """Return the folder or hub id that other programs load a model from.
+
+    A small GGUF file is converted, once.
+
+    Raises:
+        WinaError: there is no such model, or it is a large GGUF file.
+    """
+    _, folder, gguf = _locate(source)
+    if gguf is None:
+        return folder
+    converted = _converted(Path(folder) / gguf)
+    if converted is None:
+        raise WinaError(
+            f"{source!r} is a large GGUF file: load it with wina.models.load_model, and save it "
+            "with save_pretrained first"
+        )
+    if not converted.is_dir():
+        load_model(source)
+    return str(converted)
+
+
 def _auto_class(folder: str, options: dict[str, Any]) -> Any:
     """Return Transformers' class for a causal model, or for a multimodal one with one inside."""
     kind = type(AutoConfig.from_pretrained(folder, **options))
@@ -110,17 +142,22 @@ def _auto_class(folder: str, options: dict[str, Any]) -> Any:
 def _converted(gguf: Path) -> Path | None:
     """Return where a small GGUF file is kept as Transformers wants it; None for a large one.
 
-    Converting takes many times longer than loading. The key is the file's content.
+    Converting takes many times longer than loading. The key is the content of the file and of a
+    tokenizer beside it.
     """
     if gguf.stat().st_size > LARGEST_KEPT_GGUF:
         return None
     with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return cached("models", f"{digest[:16]}-{version('transformers')}")
+        digest = hashlib.file_digest(file, "sha256")
+    beside = gguf.parent / TOKENIZER
+    if beside.is_file():
+        digest.update(beside.read_bytes())
+    return cached("models", f"{digest.hexdigest()[:16]}-{version('transformers')}")
 
 
 def load_config(source: str | None = None, revision: str | None = None) -> Any:
     """Return a model's config, from what ``load_model`` takes or a config.json; no weights."""
+    list(families)  # as in load_model
     if source is not None and source.endswith(".json"):
         name, folder, gguf = source, source, None
     else:

@@ -59,7 +59,10 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and any(module is part for part in decoder.modules())
-        and any(is_linear(part) for part in module.modules())
+        # A block has linears in it; a list of bare ones (Gemma 3n has some) is none of blocks.
+        and any(
+            is_linear(part) for block in module for part in block.modules() if part is not block
+        )
     ]
     if not candidates:
         raise UsageError(

@@ -6,6 +6,7 @@ vector for each linear) and a model card. Nothing of the base model's weights is
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -145,6 +146,19 @@ class Plan:
         """The expected share of the planned linears' weights that a decoded token skips."""
         linears = self.document.linears.values()
         return sum(x.sparsity * x.cost for x in linears) / sum(x.cost for x in linears)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that decides what a model computes under the plan."""
+        document = self.document
+        facts = [document.selection, document.prefill, document.dense_prefix, document.extras]
+        digest = hashlib.sha256(repr(facts).encode())
+        for tensors in (self.vectors, self.biases, self.parts):
+            for name, tensor in sorted(tensors.items()):
+                keep = document.linears[name].keep if name in document.linears else None
+                digest.update(f"{name} {keep} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
 
     def save(self, folder: str | Path) -> Path:
         """Write the plan's folder, whole or not at all, and return its path."""

@@ -1,11 +1,13 @@
 """The grid: each cell is a method at a sparsity on a model, kept in a file of its own when done.
 
 Started again with the same settings, a grid goes on with the cells that are missing; more models,
-methods and sparsities may be added to it.
+methods and sparsities may be added to it. Several processes may fill it side by side: decoders of
+small models and searches keep a GPU waiting for Python most of the time.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -17,10 +19,12 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from wina.allocation.build import versions
 from wina.calibration import Calibration, CalibrationSettings, FileText, SelfText, calibrate
 from wina.calibration.text import check_text
+from wina.cost import token_bytes
 from wina.errors import UsageError
 from wina.evaluation import text_windows
 from wina.files import read_json, write_text
@@ -28,7 +32,7 @@ from wina.measures import Totals, score_plan
 from wina.methods import Method, Setting, methods
 from wina.models import LoadedModel, identify, load_model
 from wina.plan import Plan
-from wina.progress import bar, note
+from wina.progress import bar, hide_bars, note
 from wina.selection import check_sparsity
 
 SETTINGS = "settings.json"
@@ -114,6 +118,7 @@ def reproduce(
     device: str = "auto",
     seeds: Sequence[int] = (0,),
     fill: bool = True,
+    processes: int = 1,
 ) -> list[Cell]:
     """Fill a grid, going on where it was, and return all its cells in order.
 
@@ -126,12 +131,16 @@ def reproduce(
         device: a torch device, or auto.
         seeds: of searches and of what is random; a method that has neither runs under the first.
         fill: the cells that are missing; if not, return those that are there.
+        processes: that fill them. Each has a model of its own, and does a method of a model at a
+            time; methods are known to them by entry points, not by what this process registered.
 
     Raises:
         UsageError: an unknown name or bad number, or the folder holds a grid of other settings,
             or none of the cells if they are not to be filled.
     """
     chosen = [methods.get(name) for name in names]
+    if processes < 1:
+        raise UsageError(f"a grid takes at least one process; got {processes}")
     for sparsity in sparsities:
         if check_sparsity(sparsity) == 0:
             raise UsageError("the dense model is scored anyway; sparsities must be above 0")
@@ -157,6 +166,9 @@ def reproduce(
         if not wanted:
             raise UsageError(f"{output} holds none of these cells yet")
     with bar("reproduce", len(wanted), len(wanted) - len(todo)) as advance:
+        if processes > 1 and todo:
+            _fill_side_by_side(output, todo, order, settings, device, processes, advance)
+            todo = []
         for model in models:
             mine = [rest for name, *rest in todo if name == model]
             if mine:
@@ -187,6 +199,53 @@ def short_name(model: str) -> str:
 def _path(output: Path, model: str, method: Method, sparsity: float, seed: int) -> Path:
     name = f"{method.name}-{sparsity:g}-seed{seed}.json"
     return output / "cells" / short_name(model) / name
+
+
+def _fill_side_by_side(
+    output: Path,
+    todo: Sequence[tuple[str, Method, float, int]],
+    sparsities: Sequence[float],
+    settings: GridSettings,
+    device: str,
+    processes: int,
+    advance: Callable[[int], None],
+) -> None:
+    jobs: dict[tuple[str, str], list[tuple[float, int]]] = {}
+    # Searches first: they take longest.
+    for source, method, sparsity, seed in sorted(todo, key=lambda x: not x[1].seeded):
+        jobs.setdefault((source, method.name), []).append((sparsity, seed))
+    sources = dict.fromkeys(source for source, _ in jobs)
+    shared = (output, sparsities, settings, device)
+    with multiprocessing.get_context("spawn").Pool(processes, _be_quiet) as pool:
+        pool.starmap(_work, [(source, None, [], *shared) for source in sources])
+        runs = [
+            pool.apply_async(_work, (source, name, cells, *shared), callback=advance)
+            for (source, name), cells in jobs.items()
+        ]
+        for run in runs:
+            run.get()
+
+
+def _be_quiet() -> None:
+    """Leave bars to the process that started this one."""
+    hide_bars()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def _work(
+    source: str,
+    name: str | None,
+    cells: Sequence[tuple[float, int]],
+    output: Path,
+    sparsities: Sequence[float],
+    settings: GridSettings,
+    device: str,
+) -> int:
+    """Fill the cells of one method, in a process of its own; without one calibrate the model."""
+    todo = [] if name is None else [(methods.get(name), *cell) for cell in cells]
+    _fill(output, source, todo, sparsities, settings, device, lambda _: None)
+    return len(todo)
 
 
 def _fill(
@@ -289,44 +348,17 @@ def _score(
 ) -> dict[str, Any]:
     each: list[Totals] = []
     total, counter = score_plan(model, plan, windows, dense_prefix, "scoring", each)
-    width = model.dtype.itemsize
-    head = _head_bytes(model)
-    planned = sum(x.in_features * x.out_features * x.usage for x in plan.document.linears.values())
+    read, dense = token_bytes(model, plan, counter.read)
     return {
         "sparsity": counter.sparsity,
-        "bytes": counter.read * width + head + extra_bytes(plan, width),
-        "dense_bytes": planned * width + head,
+        "bytes": read,
+        "dense_bytes": dense,
         "nll": [part.nll for part in each],
         "dense_nll": [part.dense_nll for part in each],
         "positions": [part.positions for part in each],
         "kl": total.kl,
         "agreement": total.agreement,
     }
-
-
-def extra_bytes(plan: Plan, width: int) -> float:
-    """Return the bytes that a plan reads for a token beside the linears' weights.
-
-    Thresholds or scales are float32; a rotation, a low-rank term and a tuned bias have the
-    weights' width.
-
-    Args:
-        plan: the plan.
-        width: bytes of a weight.
-    """
-    gates = 4 * sum(vector.numel() for vector in plan.vectors.values())
-    gates += width * sum(bias.numel() for bias in plan.biases.values())
-    for name, part in plan.parts.items():
-        if name.endswith(".output_thresholds"):
-            gates += 4 * part.numel()
-        elif not name.endswith(".basis_scale"):  # it is multiplied into the rotation
-            gates += width * part.numel()
-    return gates
-
-
-def _head_bytes(model: PreTrainedModel) -> float:
-    head = model.get_output_embeddings()
-    return 0.0 if head is None else float(head.weight.numel() * head.weight.itemsize)
 
 
 def _device_name(device: torch.device) -> str:

@@ -21,6 +21,11 @@ def bin_of(scores: Tensor) -> Tensor:
     return bins.clamp_(0, BINS - 1)
 
 
+def bin_edges() -> Tensor:
+    """Return the values between which the bins lie, shape (BINS + 1,), float32."""
+    return ((torch.arange(BINS + 1) + FIRST) << SHIFT).to(torch.int32).view(torch.float32)
+
+
 def histogram(scores: Tensor) -> Tensor:
     """Return the counts of ``scores`` (any shape, float32, not negative), shape (BINS,), int64."""
     return torch.bincount(bin_of(scores).flatten(), minlength=BINS)

@@ -5,7 +5,7 @@ from functools import cache
 from wina.kernels.cpu import library
 from wina.kernels.cpu.crossover import load_crossover, measure_crossover
 from wina.kernels.cpu.library import (
-    empty_rows,
+    Arena,
     input_major,
     instruction_set,
     set_crossover,
@@ -14,7 +14,7 @@ from wina.kernels.cpu.library import (
 )
 
 __all__ = [
-    "empty_rows",
+    "Arena",
     "input_major",
     "instruction_set",
     "load",

@@ -1,4 +1,4 @@
-// Several tokens, bfloat16: dot products of pairs, with half the instructions of the general way.
+// bfloat16: dot products of pairs, with half the instructions of the general way.
 // Included by kernels_body.h inside the namespace.
 //
 // Two rows of W are interleaved, so that a 32-bit lane holds the weights of one column in both;
@@ -94,5 +94,99 @@ WINA_TARGET static void project_tile_dot(const Projection& p, const Live& live, 
                                             (__m512i)(round_brain(high) >> 16));
       _mm512_mask_storeu_epi16(y + c, mask, rounded);
     }
+  }
+}
+
+// --- dot products with whole rows ---
+
+WINA_INLINE void arrange_brain(const float* from, Brain* to, int64_t in) {
+  for (int64_t j = 0; j < in; ++j) to[j].bits = uint16_t(read<uint32_t>(from + j) >> 16);
+}
+
+// The sum of each of sixteen registers.
+WINA_INLINE __m512 totals(const __m512* v) {
+  __m512 pairs[8], fours[4];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    pairs[i] = _mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]) +
+               _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+    fours[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)) +
+               _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+  }
+  __m512 left = _mm512_shuffle_f32x4(fours[0], fours[1], 0x88) +
+                _mm512_shuffle_f32x4(fours[0], fours[1], 0xdd);
+  __m512 right = _mm512_shuffle_f32x4(fours[2], fours[3], 0x88) +
+                 _mm512_shuffle_f32x4(fours[2], fours[3], 0xdd);
+  return _mm512_shuffle_f32x4(left, right, 0x88) + _mm512_shuffle_f32x4(left, right, 0xdd);
+}
+
+WINA_INLINE __m512bh load_brain(const Brain* from) { return (__m512bh)_mm512_loadu_si512(from); }
+WINA_INLINE __m512bh load_brain(const Brain* from, int64_t n) {
+  return (__m512bh)_mm512_maskz_loadu_epi16((__mmask32(1) << n) - 1, from);
+}
+
+// A long row: the single stream through the weights that the hardware's prefetcher follows best.
+WINA_INLINE __m512 brain_row(const Brain* row, const Brain* x, int64_t in) {
+  __m512 a{}, b{};
+  int64_t c = 0;
+  for (; c + 2 * block <= in; c += 2 * block) {
+    __builtin_prefetch(row + c + 2048, 0, 2);
+    __builtin_prefetch(row + c + 2048 + block, 0, 2);
+    a = _mm512_dpbf16_ps(a, load_brain(row + c), load_brain(x + c));
+    b = _mm512_dpbf16_ps(b, load_brain(row + c + block), load_brain(x + c + block));
+  }
+  if (c + block <= in) {
+    a = _mm512_dpbf16_ps(a, load_brain(row + c), load_brain(x + c));
+    c += block;
+  }
+  if (c < in) b = _mm512_dpbf16_ps(b, load_brain(row + c, in - c), load_brain(x + c, in - c));
+  return a + b;
+}
+
+template <int tokens>
+WINA_TARGET static void brain_dots(const Brain* weight, int64_t row, const int32_t* index,
+                                   const Brain* x, int64_t in, int64_t begin, int64_t end,
+                                   float* sums, int64_t stride) {
+  constexpr int rows = 16 / tokens;
+  const int64_t x_stride = 2 * padded(in), full = in / block * block;
+  for (int64_t i = begin; i < end; i += rows) {
+    const int real = end - i < rows ? int(end - i) : rows;
+    const Brain* at[rows];
+    for (int r = 0; r < rows; ++r) {
+      const int64_t k = i + (r < real ? r : real - 1);
+      at[r] = weight + (index ? index[k] : k) * row;
+    }
+    __m512 a[16];
+    if (tokens == 1 && in >= 256) {
+      for (int r = 0; r < rows; ++r) a[r] = brain_row(at[r], x, in);
+    } else {
+#pragma GCC unroll 16
+      for (int k = 0; k < 16; ++k) a[k] = __m512{};
+      for (int64_t c = 0; c < full; c += block)
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) {
+          __m512bh w = load_brain(at[r] + c);
+#pragma GCC unroll 16
+          for (int t = 0; t < tokens; ++t)
+            a[t * rows + r] =
+                _mm512_dpbf16_ps(a[t * rows + r], w, load_brain(x + t * x_stride + c));
+        }
+      if (full < in)
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) {
+          __m512bh w = load_brain(at[r] + full, in - full);
+#pragma GCC unroll 16
+          for (int t = 0; t < tokens; ++t)
+            a[t * rows + r] =
+                _mm512_dpbf16_ps(a[t * rows + r], w, load_brain(x + t * x_stride + full));
+        }
+    }
+    float all[16];
+    write(all, totals(a));
+    for (int t = 0; t < tokens; ++t)
+      std::memcpy(sums + t * stride + i, all + t * rows, size_t(real) * sizeof(float));
   }
 }

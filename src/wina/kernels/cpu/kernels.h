@@ -54,7 +54,7 @@ struct Kernels {
   void (*activate)(Dtype, Activation, void* gate, const void* up, int64_t n);
   // out = x with the channels below their thresholds set to 0.
   void (*drop)(Dtype, const void* x, const float* thresholds, void* out, int64_t n);
-  // Lay out x (tokens, in) for `dots`: rows of padded(in) floats, in the order of the dtype's pairs.
+  // Lay out x (tokens, in) for `dots`: rows of padded(in) floats, as the instruction set wants them.
   void (*arrange)(Dtype, const float* wide, int tokens, int64_t in, float* arranged);
   // sums[t * stride + i] = sum over j of arranged[t, j] * weight[index[i] * row + j], i in
   // [begin, end); without an index, index[i] is i. tokens is 1, 2, 4 or 8.
@@ -62,12 +62,21 @@ struct Kernels {
                int tokens, int64_t in, int64_t begin, int64_t end, float* sums, int64_t stride);
   // y[i] = sums[i] + bias[i] in the dtype, n values.
   void (*finish)(Dtype, const float* sums, const void* bias, void* y, int64_t n);
-  // values = softmax(values), n of them.
-  void (*softmax)(float* values, int64_t n);
+  // values = softmax(scale * values), n of them; scale > 0.
+  void (*softmax)(float* values, int64_t n, float scale);
+  // y[t, 0:columns] = sum over k < count of weights[t * stride + k] * value[index[k] * row + ...],
+  // up to four t.
+  void (*weigh)(Dtype, const void* value, int64_t row, const int32_t* index, int64_t count,
+                const float* weights, int tokens, int64_t stride, void* y, int64_t columns);
   // out = weight * (x * rsqrt(mean(x^2) + epsilon)), rounded to the dtype before the weight and
   // after it: RMSNorm of one row of n values. wide is room for n floats.
   void (*norm)(Dtype, const void* x, const void* weight, float epsilon, float* wide, void* out,
                int64_t n);
+  // out = x * cos + (-x[n/2:], x[:n/2]) * sin, each step rounded to the dtype: rotary embedding of
+  // one head of n values; out may be x.
+  void (*rotate)(Dtype, const void* x, const void* cos, const void* sin, void* out, int64_t n);
+  // The place of the largest of n values, the first of equals, or of the first NaN.
+  int64_t (*largest)(Dtype, const void* values, int64_t n);
   // y = residual + y in the dtype, n values.
   void (*add)(Dtype, void* y, const void* residual, int64_t n);
   // Read n bytes and do nothing with them: the bandwidth probe.

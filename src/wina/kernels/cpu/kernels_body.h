@@ -61,18 +61,19 @@ WINA_INLINE void store_part(S* to, Pair value, int64_t n) {
 // Between the sums of two tokens, so that they do not compete for one set of the cache.
 constexpr int64_t sums_gap = 80;
 
-// Add `rows` live rows, from number k on, to the sums of `columns` outputs from `begin` on. The
-// rows that follow are fetched meanwhile: a live row is short, and a hardware prefetcher needs
-// some lines of it before it starts. `whole` is false for a last, incomplete block.
+// Add `rows` live rows, from number k on, to the sums of `columns` outputs from `begin` on. Rows
+// that follow are fetched meanwhile: a live row is short, and a hardware prefetcher needs some
+// lines of it before it starts. `whole` is false for a last, incomplete block.
 template <class S, int tokens, int rows, bool whole>
 WINA_INLINE void add_rows(const Projection& p, const Live& live, int64_t k, int64_t begin,
                           int64_t columns, float* sums, int64_t sums_stride) {
   const S* weight = static_cast<const S*>(p.weight) + begin;
+  constexpr int64_t ahead = tokens == 1 ? 2 * rows : rows;
   const S* row[rows];
   const S* next[rows];
   for (int r = 0; r < rows; ++r) {
     row[r] = weight + live.index[k + r] * p.row;
-    int64_t after = k + r + rows < live.count ? k + r + rows : k + r;
+    int64_t after = k + r + ahead < live.count ? k + r + ahead : k + r;
     next[r] = weight + live.index[after] * p.row;
   }
   for (int64_t c = 0; c < columns; c += block) {
@@ -105,8 +106,7 @@ WINA_INLINE void add_rows(const Projection& p, const Live& live, int64_t k, int6
 template <class S, int tokens, bool whole>
 WINA_INLINE void add_all(const Projection& p, const Live& live, int64_t begin, int64_t columns,
                          float* sums, int64_t sums_stride) {
-  // One token: as many streams of rows as pay. More: the sums need the registers.
-  constexpr int rows = tokens == 1 ? 16 : 8;
+  constexpr int rows = 8;
   int64_t k = 0;
   for (; k + rows <= live.count; k += rows)
     add_rows<S, tokens, rows, whole>(p, live, k, begin, columns, sums, sums_stride);
@@ -154,7 +154,11 @@ WINA_TARGET static void project_columns(const Projection& p, const Live& live, i
   for (int64_t c = begin; c < end; c += tile) {
     int64_t stop = c + tile < end ? c + tile : end;
 #ifdef WINA_DOT
-    if (std::is_same<S, Brain>::value && live.tokens == 8) {  // slower than the other for less
+    if (std::is_same<S, Brain>::value && live.tokens == 1) {
+      project_tile_dot<1>(p, live, real, c, stop, sums);
+      continue;
+    }
+    if (std::is_same<S, Brain>::value && live.tokens == 8) {  // slower than the other for 2 and 4
       project_tile_dot<8>(p, live, real, c, stop, sums);
       continue;
     }
@@ -330,6 +334,12 @@ WINA_TARGET static void arrange(Dtype dtype, const float* wide, int tokens, int6
   for (int t = 0; t < tokens; ++t) {
     const float* from = wide + t * in;
     float* to = arranged + t * stride;
+#ifdef WINA_DOT
+    if (dtype == Dtype::bf16) {
+      arrange_brain(from, reinterpret_cast<Brain*>(to), in);
+      continue;
+    }
+#endif
     if (dtype != Dtype::bf16) {
       std::memcpy(to, from, in * sizeof(float));
       continue;
@@ -422,6 +432,18 @@ template <class S>
 WINA_TARGET static void dots_of(const void* weight, int64_t row, const int32_t* index,
                                 const float* x, int tokens, int64_t in, int64_t begin,
                                 int64_t end, float* sums, int64_t stride) {
+#ifdef WINA_DOT
+  if (std::is_same<S, Brain>::value) {
+    const Brain* from = static_cast<const Brain*>(weight);
+    const Brain* arranged = reinterpret_cast<const Brain*>(x);
+    switch (tokens) {
+      case 1: return brain_dots<1>(from, row, index, arranged, in, begin, end, sums, stride);
+      case 2: return brain_dots<2>(from, row, index, arranged, in, begin, end, sums, stride);
+      case 4: return brain_dots<4>(from, row, index, arranged, in, begin, end, sums, stride);
+      default: return brain_dots<8>(from, row, index, arranged, in, begin, end, sums, stride);
+    }
+  }
+#endif
   switch (tokens) {
     case 1: return dot_tokens<S, 1>(weight, row, index, x, in, begin, end, sums, stride);
     case 2: return dot_tokens<S, 2>(weight, row, index, x, in, begin, end, sums, stride);
@@ -436,30 +458,28 @@ WINA_TARGET static void dots(Dtype dtype, const void* weight, int64_t row, const
   WINA_DISPATCH(dtype, dots_of, weight, row, index, arranged, tokens, in, begin, end, sums, stride);
 }
 
-WINA_INLINE Pair in_order(const float* sums, const float*) {
-  return {read<Floats>(sums), read<Floats>(sums + lanes)};
-}
-WINA_INLINE Pair in_order(const float* sums, const Half*) {
-  return {read<Floats>(sums), read<Floats>(sums + lanes)};
-}
-WINA_INLINE Pair in_order(const float* sums, const Brain*) {
-  Pair pair;
-  for (int i = 0; i < lanes; ++i) pair.a[i] = sums[2 * i], pair.b[i] = sums[2 * i + 1];
-  return pair;
+WINA_INLINE void narrow(float* to, Floats value) { write(to, value); }
+WINA_INLINE void narrow(Half* to, Floats value) { narrow_half(to, value); }
+WINA_INLINE void narrow(Brain* to, Floats value) {
+  write(to, __builtin_convertvector(round_brain(value) >> 16, Shorts));
 }
 
 template <class S>
 WINA_TARGET static void finish_all(const float* sums, const void* bias, void* y, int64_t n) {
   const S* b = static_cast<const S*>(bias);
   S* to = static_cast<S*>(y);
-  for (int64_t i = 0; i < n; i += block) {
-    int64_t part = n - i < block ? n - i : int64_t(block);
-    float whole[block] = {};
-    std::memcpy(whole, sums + i, part * sizeof(float));
-    Pair value = add_bias(in_order(whole, to), b ? b + i : nullptr, part);
-    if (part == block) store(to + i, value);
-    else store_part(to + i, value, part);
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    Floats value = read<Floats>(sums + i);
+    for (int k = 0; b != nullptr && k < lanes; ++k) value[k] += widen_one(b[i + k]);
+    narrow(to + i, value);
   }
+  if (i == n) return;
+  float rest[lanes] = {};
+  S last[lanes];
+  for (int64_t k = i; k < n; ++k) rest[k - i] = sums[k] + (b ? widen_one(b[k]) : 0.0f);
+  narrow(last, read<Floats>(rest));
+  std::memcpy(to + i, last, (n - i) * sizeof(S));
 }
 
 WINA_TARGET static void finish(Dtype dtype, const float* sums, const void* bias, void* y,
@@ -467,24 +487,112 @@ WINA_TARGET static void finish(Dtype dtype, const float* sums, const void* bias,
   WINA_DISPATCH(dtype, finish_all, sums, bias, y, n);
 }
 
-WINA_TARGET static void softmax(float* values, int64_t n) {
-  float most = -INFINITY, sum = 0;
-  bool nan = false;
-  for (int64_t i = 0; i < n; ++i) {
-    most = values[i] > most ? values[i] : most;
-    nan |= values[i] != values[i];
+WINA_TARGET static void softmax(float* values, int64_t n, float scale) {
+  Floats most = fill(-INFINITY);
+  Ints nan{};
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    Floats value = read<Floats>(values + i);
+    most = choose(value > most, value, most);
+    nan |= value != value;
   }
-  if (nan) most = NAN;
-  for (int64_t i = 0; i < n; i += lanes) {
+  float largest = -INFINITY, sum = 0;
+  bool broken = false;
+  for (int k = 0; k < lanes; ++k) {
+    largest = most[k] > largest ? most[k] : largest;
+    broken |= nan[k] != 0;
+  }
+  for (; i < n; ++i) {
+    largest = values[i] > largest ? values[i] : largest;
+    broken |= values[i] != values[i];
+  }
+  if (broken) largest = NAN;
+  Floats sums{};
+  for (i = 0; i + lanes <= n; i += lanes) {
+    Floats power = exponential((read<Floats>(values + i) - largest) * scale);
+    write(values + i, power);
+    sums += power;
+  }
+  if (i < n) {
     float part[lanes];
-    int64_t count = n - i < lanes ? n - i : int64_t(lanes);
-    for (int k = 0; k < lanes; ++k) part[k] = k < count ? values[i + k] - most : -INFINITY;
+    for (int k = 0; k < lanes; ++k) part[k] = i + k < n ? (values[i + k] - largest) * scale : -INFINITY;
     Floats power = exponential(read<Floats>(part));
     write(part, power);
-    std::memcpy(values + i, part, count * sizeof(float));
-    sum += total(power);
+    std::memcpy(values + i, part, (n - i) * sizeof(float));
+    sums += power;
   }
-  for (int64_t i = 0; i < n; ++i) values[i] /= sum;
+  sum = total(sums);
+  for (i = 0; i < n; ++i) values[i] /= sum;
+}
+
+// y[t, 0:columns] = sum over k of weights[t, k] * row index[k]: the sums stay in registers.
+template <class S, int tokens, int blocks>
+WINA_INLINE void weigh_blocks(const S* from, int64_t row, const int32_t* index, int64_t count,
+                              const float* weights, int64_t stride, Pair (&sums)[tokens][blocks]) {
+#pragma GCC unroll 8
+  for (int t = 0; t < tokens; ++t)
+#pragma GCC unroll 4
+    for (int b = 0; b < blocks; ++b) sums[t][b] = {Floats{}, Floats{}};
+  for (int64_t k = 0; k < count; ++k) {
+    const S* at = from + index[k] * row;
+    Pair w[blocks];
+#pragma GCC unroll 4
+    for (int b = 0; b < blocks; ++b) w[b] = load(at + b * block);
+#pragma GCC unroll 8
+    for (int t = 0; t < tokens; ++t) {
+      const float weight = weights[t * stride + k];
+#pragma GCC unroll 4
+      for (int b = 0; b < blocks; ++b) {
+        sums[t][b].a += weight * w[b].a;
+        sums[t][b].b += weight * w[b].b;
+      }
+    }
+  }
+}
+
+template <class S, int tokens>
+WINA_TARGET static void weigh_tokens(const void* value, int64_t row, const int32_t* index,
+                                     int64_t count, const float* weights, int64_t stride,
+                                     void* y, int64_t columns) {
+  constexpr int blocks = 2;
+  const S* from = static_cast<const S*>(value);
+  S* to = static_cast<S*>(y);
+  int64_t c = 0;
+  for (; c + blocks * block <= columns; c += blocks * block) {
+    Pair sums[tokens][blocks];
+    weigh_blocks<S, tokens, blocks>(from + c, row, index, count, weights, stride, sums);
+    for (int t = 0; t < tokens; ++t)
+      for (int b = 0; b < blocks; ++b) store(to + t * columns + c + b * block, sums[t][b]);
+  }
+  for (; c < columns; c += block) {
+    const int64_t n = columns - c < block ? columns - c : int64_t(block);
+    for (int t = 0; t < tokens; ++t) {
+      Pair sum{Floats{}, Floats{}};
+      for (int64_t k = 0; k < count; ++k) {
+        Pair w = load_part(from + index[k] * row + c, n);
+        sum = {sum.a + weights[t * stride + k] * w.a, sum.b + weights[t * stride + k] * w.b};
+      }
+      store_part(to + t * columns + c, sum, n);
+    }
+  }
+}
+
+template <class S>
+WINA_TARGET static void weigh_all(const void* value, int64_t row, const int32_t* index,
+                                  int64_t count, const float* weights, int tokens, int64_t stride,
+                                  void* y, int64_t columns) {
+  switch (tokens) {
+    case 1: return weigh_tokens<S, 1>(value, row, index, count, weights, stride, y, columns);
+    case 2: return weigh_tokens<S, 2>(value, row, index, count, weights, stride, y, columns);
+    case 3: return weigh_tokens<S, 3>(value, row, index, count, weights, stride, y, columns);
+    default: return weigh_tokens<S, 4>(value, row, index, count, weights, stride, y, columns);
+  }
+}
+
+WINA_TARGET static void weigh(Dtype dtype, const void* value, int64_t row, const int32_t* index,
+                              int64_t count, const float* weights, int tokens, int64_t stride,
+                              void* y, int64_t columns) {
+  WINA_DISPATCH(dtype, weigh_all, value, row, index, count, weights, tokens, stride, y, columns);
 }
 
 template <class S>
@@ -538,6 +646,78 @@ WINA_TARGET static void add(Dtype dtype, void* y, const void* residual, int64_t 
   WINA_DISPATCH(dtype, add_to, y, residual, n);
 }
 
+template <class S>
+WINA_INLINE Pair load_up_to(const S* from, int64_t n) {
+  return n == block ? load(from) : load_part(from, n);
+}
+
+// one * cos + sign * other * sin of n columns
+template <class S>
+WINA_INLINE Pair turned(Pair one, Pair other, float sign, const S* cos, const S* sin, int64_t n) {
+  Pair by = load_up_to(cos, n), with = load_up_to(sin, n);
+  Pair left = rounded<S>({one.a * by.a, one.b * by.b});
+  Pair right = rounded<S>({sign * other.a * with.a, sign * other.b * with.b});
+  return {left.a + right.a, left.b + right.b};
+}
+
+template <class S>
+WINA_TARGET static void rotate_all(const void* x, const void* cos, const void* sin, void* out,
+                                   int64_t n) {
+  const S *from = static_cast<const S*>(x), *c = static_cast<const S*>(cos);
+  const S* s = static_cast<const S*>(sin);
+  S* to = static_cast<S*>(out);
+  const int64_t half = n / 2;
+  for (int64_t i = 0; i < half; i += block) {
+    const int64_t part = half - i < block ? half - i : int64_t(block), j = half + i;
+    Pair a = load_up_to(from + i, part), b = load_up_to(from + j, part);
+    Pair low = turned<S>(a, b, -1.0f, c + i, s + i, part);
+    Pair high = turned<S>(b, a, 1.0f, c + j, s + j, part);
+    if (part == block) store(to + i, low), store(to + j, high);
+    else store_part(to + i, low, part), store_part(to + j, high, part);
+  }
+}
+
+WINA_TARGET static void rotate(Dtype dtype, const void* x, const void* cos, const void* sin,
+                               void* out, int64_t n) {
+  WINA_DISPATCH(dtype, rotate_all, x, cos, sin, out, n);
+}
+
+template <class S>
+WINA_TARGET static void largest_of(const void* values, int64_t n, int64_t* place) {
+  const S* from = static_cast<const S*>(values);
+  Floats most = fill(-INFINITY);
+  Ints nan{};
+  int64_t i = 0;
+  for (; i + block <= n; i += block) {
+    Pair value = load(from + i);
+    most = choose(value.a > most, value.a, most);
+    most = choose(value.b > most, value.b, most);
+    nan |= (value.a != value.a) | (value.b != value.b);
+  }
+  float best = -INFINITY;
+  bool broken = false;
+  for (int k = 0; k < lanes; ++k) {
+    best = most[k] > best ? most[k] : best;
+    broken |= nan[k] != 0;
+  }
+  for (; i < n; ++i) {
+    const float value = widen_one(from[i]);
+    best = value > best ? value : best;
+    broken |= value != value;
+  }
+  for (i = 0; i < n; ++i) {
+    const float value = widen_one(from[i]);
+    if (broken ? value != value : value == best) break;
+  }
+  *place = i;
+}
+
+WINA_TARGET static int64_t largest(Dtype dtype, const void* values, int64_t n) {
+  int64_t place = 0;
+  WINA_DISPATCH(dtype, largest_of, values, n, &place);
+  return place;
+}
+
 WINA_TARGET static uint32_t stream(const void* data, int64_t n) {
   const char* from = static_cast<const char*>(data);
   constexpr int64_t step = 4 * sizeof(Words);
@@ -563,7 +743,8 @@ namespace wina {
 extern const Kernels WINA_ISA{WINA_TEXT(WINA_ISA),  WINA_SPACE::widen,    WINA_SPACE::compact,
                               WINA_SPACE::project, WINA_SPACE::activate, WINA_SPACE::drop,
                               WINA_SPACE::arrange, WINA_SPACE::dots,     WINA_SPACE::finish,
-                              WINA_SPACE::softmax, WINA_SPACE::norm,     WINA_SPACE::add,
+                              WINA_SPACE::softmax, WINA_SPACE::weigh,    WINA_SPACE::norm,
+                              WINA_SPACE::rotate,  WINA_SPACE::largest,  WINA_SPACE::add,
                               WINA_SPACE::stream};
 
 }  // namespace wina

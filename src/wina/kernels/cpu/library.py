@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
+import mmap
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from wina.errors import UsageError
 
@@ -68,27 +71,57 @@ def _library() -> ctypes.CDLL:
     library.wina_use_instruction_set.argtypes = [ctypes.c_char_p]
     library.wina_set_crossover.argtypes = [ctypes.c_int, *[ctypes.c_int64] * 3]
     library.wina_set_crossover.restype = None
-    library.wina_advise_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    library.wina_advise_huge_pages.restype = None
+    library.wina_free_blocks.argtypes = [ctypes.c_int64]
+    library.wina_free_blocks.restype = None
     library.wina_stream.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     library.wina_stream.restype = ctypes.c_uint32
     return library
 
 
-def input_major(weight: torch.Tensor) -> torch.Tensor:
+class Arena:
+    """Memory in huge pages where the system grants them, given out piece by piece.
+
+    A weight of a megabyte lies in no huge page of its own, and rows that are skipped here and
+    there cost a miss in the address translation each. Pieces have storages of their own; a chunk is
+    freed when the last of its pieces is.
+    """
+
+    def __init__(self, chunk: int = 256 << 20) -> None:
+        """Reserve nothing yet; chunks of so many bytes take memory only where it is written."""
+        self._chunk = chunk
+        self._memory = mmap.mmap(-1, 1)
+        self._used = 1
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return a contiguous tensor that starts at a multiple of 64 bytes."""
+        count = math.prod(shape)
+        if count == 0:
+            return torch.empty(*shape, dtype=dtype)
+        start, size = -(-self._used // 64) * 64, count * dtype.itemsize
+        if start + size > len(self._memory):
+            start, length = 0, max(size, self._chunk)
+            self._memory = mmap.mmap(-1, length)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._used = start + size
+        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=start).view(*shape)
+
+
+def input_major(weight: Tensor, arena: Arena | None = None) -> Tensor:
     """Return a copy of W (out_features, in_features) with strides (1, out_features).
 
     That is the layout whose dropped channels' memory the kernels skip.
+
+    Args:
+        weight: W.
+        arena: where a copy on the CPU is put; None gives it memory of its own.
     """
-    return empty_rows(weight.shape[::-1], weight.dtype, weight.device).copy_(weight.t()).t()
-
-
-def empty_rows(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return an empty contiguous tensor, in huge pages where the system grants them."""
-    rows = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu" and load() is None:
-        _library().wina_advise_huge_pages(rows.data_ptr(), rows.numel() * rows.element_size())
-    return rows
+    shape = weight.shape[::-1]
+    if weight.device.type == "cpu":
+        rows = (arena or Arena(chunk=0)).empty(shape, weight.dtype)
+    else:
+        rows = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+    return rows.copy_(weight.t()).t()
 
 
 def set_crossover(dtype: torch.dtype, inputs: int, outputs: int, rows: int) -> None:
@@ -103,7 +136,12 @@ def set_crossover(dtype: torch.dtype, inputs: int, outputs: int, rows: int) -> N
     _library().wina_set_crossover(DTYPES.index(name), inputs, outputs, rows)
 
 
-def stream(data: torch.Tensor) -> None:
+def free_blocks(number: int) -> None:
+    """Forget the tensors of a row of decoder blocks (wina.kernels.blocks)."""
+    _library().wina_free_blocks(number)
+
+
+def stream(data: Tensor) -> None:
     """Read a contiguous tensor's memory once with torch's threads: the bandwidth probe."""
     _library().wina_stream(data.data_ptr(), data.numel() * data.element_size())
 

@@ -6,10 +6,6 @@
 #include <map>
 #include <tuple>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "kernels.h"
 #include "quantized.h"
 #include "torch_abi.h"
@@ -414,11 +410,11 @@ static Tensor normed(const Tensor& x, const Tensor& weight, double epsilon) {
   return result;
 }
 
-static void add_residual(const Tensor& y, Tensor residual) {
+static void add_residual(const Tensor& y, const Tensor& residual) {
   check(dtype_of(y) != Dtype::f64, "a fused sum is not computed in float64");
   check(residual.dtype() == y.dtype() && residual.sizes() == y.sizes(),
         "the residual must have the result's shape and dtype");
-  residual = contiguous(std::move(residual));
+  check(residual.is_contiguous(), "the residual must be contiguous");
   kernels->add(dtype_of(y), y.data(), residual.data(), rows_of(y) * y.size(-1));
 }
 
@@ -445,78 +441,202 @@ static Tensor dense_linear(Tensor x, const Tensor& weight, const std::vector<Ten
   return result;
 }
 
-// softmax(scale q k^T where mask) v for one position of each row; heads share keys and values.
-static Tensor decode_attention(Tensor query, const Tensor& key, const Tensor& value, Tensor mask,
-                               double scale) {
-  check(query.dim() == 4 && key.dim() == 4 && value.dim() == 4 && mask.dim() == 4,
-        "query, key, value and mask must have four dimensions");
-  const Dtype dtype = dtype_of(query);
-  const int64_t batch = query.size(0), heads = query.size(1), size = query.size(3);
-  const int64_t shared = key.size(1), positions = key.size(2), out = value.size(3);
-  check(dtype != Dtype::f64, "float64 is not a dtype of this kernel");
-  check(key.dtype() == query.dtype() && value.dtype() == query.dtype(), "one dtype is needed");
-  check(query.size(2) == 1 && shared > 0 && heads % shared == 0 && key.size(3) == size,
-        "query must have shape (batch, heads, 1, size), heads a multiple of the keys'");
-  check(key.size(0) == batch && value.size(0) == batch && value.size(1) == shared &&
-            value.size(2) == positions,
-        "key and value must have one batch, number of heads and of positions");
-  check((size < 2 || key.stride(3) == 1) && (out < 2 || value.stride(3) == 1),
-        "the last dimension of key and value must be contiguous");
-  check(mask.dtype() == torch.aoti_torch_dtype_bool() && mask.size(1) == 1 && mask.size(2) == 1 &&
-            mask.size(3) == positions && (mask.size(0) == 1 || mask.size(0) == batch),
-        "mask must be bool of shape (batch or 1, 1, 1, positions)");
-  query = contiguous(std::move(query));
-  mask = contiguous(std::move(mask));
-  Tensor result = Tensor::empty({batch, heads, 1, out}, query.dtype());
-  const int64_t width = bytes_of(dtype), group = heads / shared;
-  const int64_t masks = mask.size(0);
-  std::vector<int32_t> live(size_t(masks * positions) + 16);
-  std::vector<int64_t> counts(size_t(masks), 0);
-  for (int64_t m = 0; m < masks; ++m) {
-    const bool* seen = static_cast<const bool*>(mask.data()) + m * positions;
-    for (int64_t p = 0; p < positions; ++p)
-      if (seen[p]) live[size_t(m * positions + counts[size_t(m)]++)] = int32_t(p);
+// --- attention of one position ---
+
+// The positions that a mask (batch or 1, 1, 1, positions) lets through, for each of its rows.
+struct Seen {
+  std::vector<int32_t> index;  // (rows, positions), the first count of each row
+  std::vector<int64_t> count;
+  int64_t positions = 0;
+
+  void read(Tensor mask, int64_t batch) {
+    check(mask.dim() == 4 && mask.dtype() == torch.aoti_torch_dtype_bool() && mask.size(1) == 1 &&
+              mask.size(2) == 1 && (mask.size(0) == 1 || mask.size(0) == batch),
+          "mask must be bool of shape (batch or 1, 1, 1, positions)");
+    mask = contiguous(std::move(mask));
+    const int64_t rows = mask.size(0);
+    positions = mask.size(3);
+    index.resize(size_t(rows * positions) + 16);
+    count.assign(size_t(rows), 0);
+    for (int64_t r = 0; r < rows; ++r) {
+      const bool* seen = static_cast<const bool*>(mask.data()) + r * positions;
+      int32_t* to = index.data() + r * positions;
+      int64_t n = 0;
+      for (int64_t p = 0; p < positions; ++p) to[n] = int32_t(p), n += seen[p];
+      count[size_t(r)] = n;
+    }
   }
+};
+
+static void check_cache(const Tensor& key, const Tensor& value) {
+  check(key.dim() == 4 && value.dim() == 4, "key and value must have four dimensions");
+  check(key.dtype() == value.dtype(), "one dtype is needed");
+  check(value.size(0) == key.size(0) && value.size(1) == key.size(1) &&
+            value.size(2) == key.size(2),
+        "key and value must have one batch, number of heads and of positions");
+  check((key.size(3) < 2 || key.stride(3) == 1) && (value.size(3) < 2 || value.stride(3) == 1),
+        "the last dimension of key and value must be contiguous");
+}
+
+// result (batch, heads, out) = softmax(scale q k^T where seen) v for query (batch, heads, size),
+// both contiguous; heads share keys and values.
+static void attend(const void* query, int64_t heads, const Tensor& key, const Tensor& value,
+                   Seen& seen, double scale, void* result) {
+  const Dtype dtype = dtype_of(key);
+  const int64_t shared = key.size(1), size = key.size(3), out = value.size(3);
+  const int64_t positions = seen.positions;
+  const int64_t width = bytes_of(dtype), group = heads / shared;
   auto at = [&](const Tensor& t, int64_t b, int64_t h) {
     return static_cast<char*>(t.data()) + (b * t.stride(0) + h * t.stride(1)) * width;
   };
-  const int64_t units = batch * shared;
+  const int64_t units = key.size(0) * shared;
   const int64_t parts = std::min(units, parts_for(units * positions * size));
   parallel(std::max<int64_t>(parts, 1), [&](int64_t part) {
     if (parts == 0) return;
     thread_local Scratch scratch;
-    constexpr int most = 4;  // heads at a time: the kernel for eight rounds their weights
+    constexpr int most = 4;  // heads at a time
     const int64_t stride = (positions + 31) / 16 * 16;
     float* wide = scratch.get<float>(most * (size + padded(size) + stride) + 64);
     float* arranged = wide + most * size;
     float* scores = arranged + most * padded(size);
     for (int64_t unit = units * part / parts; unit < units * (part + 1) / parts; ++unit) {
-      const int64_t b = unit / shared, h = unit % shared, m = masks == 1 ? 0 : b;
-      int32_t* index = live.data() + m * positions;
-      const int64_t count = counts[size_t(m)];
+      const int64_t b = unit / shared, h = unit % shared, row = seen.count.size() == 1 ? 0 : b;
+      int32_t* index = seen.index.data() + row * positions;
+      const int64_t count = seen.count[size_t(row)];
       for (int64_t g = 0; g < group; g += most) {
         const int real = int(std::min<int64_t>(most, group - g));
         const int tokens = real <= 2 ? real : 4;
         const int64_t head = b * heads + h * group + g;
         std::memset(wide, 0, size_t(most) * size * sizeof(float));
-        kernels->widen(dtype, static_cast<char*>(query.data()) + head * size * width, wide,
+        kernels->widen(dtype, static_cast<const char*>(query) + head * size * width, wide,
                        real * size);
-        for (int64_t i = 0; i < real * size; ++i) wide[i] *= float(scale);
         kernels->arrange(dtype, wide, tokens, size, arranged);
         kernels->dots(dtype, at(key, b, h), key.stride(2), index, arranged, tokens, size, 0,
                       count, scores, stride);
-        for (int t = 0; t < real; ++t) kernels->softmax(scores + t * stride, count);
-        for (int t = real; t < tokens; ++t)
-          std::memset(scores + t * stride, 0, size_t(count) * sizeof(float));
-        Live weights{index, scores, stride, count, tokens};
-        Projection p{at(value, b, h), nullptr,
-                     static_cast<char*>(result.data()) + head * out * width, positions, out,
-                     value.stride(2)};
-        kernels->project(dtype, p, weights, real, 0, out, sums_of_thread());
+        for (int t = 0; t < real; ++t) kernels->softmax(scores + t * stride, count, float(scale));
+        kernels->weigh(dtype, at(value, b, h), value.stride(2), index, count, scores, real, stride,
+                       static_cast<char*>(result) + head * out * width, out);
       }
     }
   });
+}
+
+static Tensor decode_attention(Tensor query, const Tensor& key, const Tensor& value, Tensor mask,
+                               double scale) {
+  check_cache(key, value);
+  check(query.dim() == 4 && dtype_of(query) != Dtype::f64 && key.dtype() == query.dtype(),
+        "query must have four dimensions, and the dtype of the keys, which is not float64");
+  const int64_t batch = query.size(0), heads = query.size(1), size = query.size(3);
+  check(query.size(2) == 1 && key.size(1) > 0 && heads % key.size(1) == 0 && key.size(3) == size &&
+            key.size(0) == batch,
+        "query must have shape (batch, heads, 1, size), heads a multiple of the keys'");
+  thread_local Seen seen;
+  seen.read(std::move(mask), batch);
+  check(seen.positions == key.size(2), "mask must be bool of shape (batch or 1, 1, 1, positions)");
+  query = contiguous(std::move(query));
+  Tensor result = Tensor::empty({batch, heads, 1, value.size(3)}, query.dtype());
+  attend(query.data(), heads, key, value, seen, scale, result.data());
   return result;
+}
+
+// --- a run of decoder blocks, each step of which is one call ---
+
+struct Block {
+  std::vector<Tensor> norm, weights, thresholds, biases;              // of q, k, v
+  std::vector<Tensor> cache;                                          // keys, values, length
+  std::vector<Tensor> out_weight, out_thresholds, out_bias;           // of o
+  std::vector<Tensor> mlp_norm, mlp_weights, mlp_thresholds, mlp_biases;  // of gate, up, down
+  double epsilon, scale, mlp_epsilon;
+  Activation activation;
+};
+
+static std::map<int64_t, std::vector<Block>> programs;
+
+// y + residual, y being x W or the like.
+static Tensor plus(Tensor y, const Tensor& residual) {
+  y = contiguous(std::move(y));
+  add_residual(y, residual);
+  return y;
+}
+
+static Tensor run_block(const Block& block, const Tensor& x, const Tensor& cos, const Tensor& sin,
+                        Seen& seen) {
+  const Tensor &key = block.cache[0], &value = block.cache[1], &length = block.cache[2];
+  const Dtype dtype = dtype_of(x);
+  const int64_t batch = x.size(0), shared = key.size(1), size = key.size(3), width = bytes_of(dtype);
+  const int64_t heads = block.weights[0].size(0) / size, out = value.size(3);
+  int64_t& position = *static_cast<int64_t*>(length.data());
+  check(key.size(0) == batch && seen.positions == key.size(2) && position >= 0 &&
+            position < key.size(2),
+        "the cache does not fit the batch, the mask or the position");
+  std::vector<Tensor> qkv = sparse_linears(normed(x, block.norm[0], block.epsilon), block.weights,
+                                           block.thresholds, block.biases);
+  for (Tensor& one : qkv) one = contiguous(std::move(one));
+  auto at = [&](const Tensor& t, int64_t b, int64_t h) {
+    const int64_t offset = b * t.stride(0) + h * t.stride(1) + position * t.stride(2);
+    return static_cast<char*>(t.data()) + offset * width;
+  };
+  auto head = [&](const Tensor& t, int64_t b, int64_t h, int64_t n) {
+    return static_cast<char*>(t.data()) + (b * t.size(-1) + h * n) * width;
+  };
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t row = (cos.size(0) == 1 ? 0 : b) * size * width;
+    const char* c = static_cast<const char*>(cos.data()) + row;
+    const char* s = static_cast<const char*>(sin.data()) + row;
+    for (int64_t h = 0; h < heads; ++h) {
+      char* q = head(qkv[0], b, h, size);
+      kernels->rotate(dtype, q, c, s, q, size);
+    }
+    for (int64_t h = 0; h < shared; ++h) {
+      kernels->rotate(dtype, head(qkv[1], b, h, size), c, s, at(key, b, h), size);
+      std::memcpy(at(value, b, h), head(qkv[2], b, h, out), size_t(out * width));
+    }
+  }
+  ++position;
+  Tensor mixed = Tensor::empty({batch, 1, heads * out}, x.dtype());
+  attend(qkv[0].data(), heads, key, value, seen, block.scale, mixed.data());
+  Tensor y = plus(std::move(sparse_linears(std::move(mixed), block.out_weight,
+                                           block.out_thresholds, block.out_bias)[0]),
+                  x);
+  return plus(sparse_gated_mlp(normed(y, block.mlp_norm[0], block.mlp_epsilon), block.mlp_weights,
+                               block.mlp_thresholds, block.activation, block.mlp_biases),
+              y);
+}
+
+static Tensor decode_blocks(Tensor x, Tensor cos, Tensor sin, Tensor mask, int64_t program) {
+  auto found = programs.find(program);
+  check(found != programs.end(), "there is no such run of blocks");
+  check(x.dim() == 3 && x.size(1) == 1, "x must have shape (batch, 1, hidden)");
+  x = contiguous(std::move(x));
+  cos = contiguous(std::move(cos));
+  sin = contiguous(std::move(sin));
+  const int64_t batch = x.size(0), size = found->second.at(0).cache[0].size(3);
+  for (const Tensor* t : {&cos, &sin})
+    check(t->dtype() == x.dtype() && t->dim() == 3 && t->size(1) == 1 && t->size(2) == size &&
+              (t->size(0) == 1 || t->size(0) == batch),
+          "cos and sin must have shape (batch or 1, 1, size) and x's dtype");
+  thread_local Seen seen;
+  seen.read(std::move(mask), batch);
+  for (const Block& block : found->second) x = run_block(block, x, cos, sin, seen);
+  return x;
+}
+
+static void add_block(int64_t program, Block block) {
+  const size_t biases = block.biases.size(), mlp_biases = block.mlp_biases.size();
+  check(block.norm.size() == 1 && block.weights.size() == 3 && block.thresholds.size() == 3 &&
+            block.cache.size() == 3 && block.out_weight.size() == 1 &&
+            block.out_thresholds.size() == 1 && block.mlp_norm.size() == 1 &&
+            block.mlp_weights.size() == 3 && block.mlp_thresholds.size() == 3 &&
+            (biases == 0 || biases == 3) && (mlp_biases == 0 || mlp_biases == 3),
+        "a block has two norms, q, k, v, o, gate, up, down, keys, values and their length");
+  const Tensor &key = block.cache[0], &value = block.cache[1];
+  check_cache(key, value);
+  const int64_t shared = key.size(1), size = key.size(3);
+  check(shared > 0 && size > 0 && size % 2 == 0 && block.weights[0].size(0) % (shared * size) == 0 &&
+            block.weights[1].size(0) == shared * size &&
+            block.weights[2].size(0) == shared * value.size(3),
+        "q, k and v must fit the heads of the cache");
+  programs[program].push_back(std::move(block));
 }
 
 // --- as torch calls them: the arguments on a stack, replaced by the results ---
@@ -575,7 +695,7 @@ static void call_fused_linears(Value* stack, uint64_t, uint64_t) {
   if (!residual.empty()) {
     check(!results.empty(), "a residual is added to the first of the projections");
     results[0] = contiguous(std::move(results[0]));
-    add_residual(results[0], std::move(residual[0]));
+    add_residual(results[0], contiguous(std::move(residual[0])));
   }
   stack[0] = give_tensors(std::move(results));
 }
@@ -589,7 +709,7 @@ static void call_fused_gated_mlp(Value* stack, uint64_t, uint64_t) {
   Tensor x = take_normed(stack[0], stack[1], stack[2]);
   Tensor result = contiguous(
       sparse_gated_mlp(std::move(x), weights, thresholds, activation_named(activation), biases));
-  if (!residual.empty()) add_residual(result, std::move(residual[0]));
+  if (!residual.empty()) add_residual(result, contiguous(std::move(residual[0])));
   stack[0] = result.release();
 }
 
@@ -605,6 +725,43 @@ static void call_decode_attention(Value* stack, uint64_t, uint64_t) {
   const double scale = take_double(stack[4]);
   stack[0] =
       decode_attention(std::move(query), key, value, std::move(mask), scale).release();
+}
+
+static void call_add_block(Value* stack, uint64_t, uint64_t) {
+  Block block;
+  block.norm = take_tensors(stack[1]);
+  block.epsilon = take_double(stack[2]);
+  block.weights = take_tensors(stack[3]), block.thresholds = take_tensors(stack[4]);
+  block.biases = take_tensors(stack[5]), block.cache = take_tensors(stack[6]);
+  block.scale = take_double(stack[7]);
+  block.out_weight = take_tensors(stack[8]), block.out_thresholds = take_tensors(stack[9]);
+  block.out_bias = take_tensors(stack[10]), block.mlp_norm = take_tensors(stack[11]);
+  block.mlp_epsilon = take_double(stack[12]);
+  block.mlp_weights = take_tensors(stack[13]), block.mlp_thresholds = take_tensors(stack[14]);
+  block.activation = activation_named(take_string(stack[15]));
+  block.mlp_biases = take_tensors(stack[16]);
+  add_block(int64_t(stack[0]), std::move(block));
+}
+
+static void call_decode_blocks(Value* stack, uint64_t, uint64_t) {
+  Tensor x = take_tensor(stack[0]), cos = take_tensor(stack[1]), sin = take_tensor(stack[2]);
+  Tensor mask = take_tensor(stack[3]);
+  stack[0] = decode_blocks(std::move(x), std::move(cos), std::move(sin), std::move(mask),
+                           int64_t(stack[4]))
+                 .release();
+}
+
+static void call_most_likely(Value* stack, uint64_t, uint64_t) {
+  Tensor logits = contiguous(take_tensor(stack[0]));
+  check(logits.dim() == 2 && logits.size(1) > 0 && dtype_of(logits) != Dtype::f64,
+        "logits must have shape (batch, vocabulary), of 16 or 32 bits");
+  const int64_t rows = logits.size(0), n = logits.size(1);
+  const Dtype dtype = dtype_of(logits);
+  Tensor result = Tensor::empty({rows}, torch.aoti_torch_dtype_int64());
+  for (int64_t r = 0; r < rows; ++r)
+    static_cast<int64_t*>(result.data())[r] = kernels->largest(
+        dtype, static_cast<const char*>(logits.data()) + r * n * bytes_of(dtype), n);
+  stack[0] = result.release();
 }
 
 #include "quantized_ops.h"
@@ -648,6 +805,9 @@ WINA_EXPORT const char* wina_register(void* (*find)(const char*)) {
       torch.torch_library_impl(library, "fused_gated_mlp", call_fused_gated_mlp, abi_version) ||
       torch.torch_library_impl(library, "dense_linear", call_dense_linear, abi_version) ||
       torch.torch_library_impl(library, "decode_attention", call_decode_attention, abi_version) ||
+      torch.torch_library_impl(library, "add_block", call_add_block, abi_version) ||
+      torch.torch_library_impl(library, "decode_blocks", call_decode_blocks, abi_version) ||
+      torch.torch_library_impl(library, "most_likely", call_most_likely, abi_version) ||
       register_quantized(library))
     return "torch refused the operators";
   return nullptr;
@@ -673,6 +833,8 @@ WINA_EXPORT void wina_set_crossover(int dtype, int64_t in, int64_t out, int64_t 
 
 WINA_EXPORT void wina_set_serial_products(int64_t products) { wina::serial_products = products; }
 
+WINA_EXPORT void wina_free_blocks(int64_t program) { wina::programs.erase(program); }
+
 // Read all of `data` with torch's threads, once; `seen` keeps the reads alive.
 WINA_EXPORT uint32_t wina_stream(const void* data, int64_t bytes) {
   using namespace wina;
@@ -685,17 +847,4 @@ WINA_EXPORT uint32_t wina_stream(const void* data, int64_t bytes) {
   uint32_t all = 0;
   for (uint32_t one : seen) all ^= one;
   return all;
-}
-
-// Ask for huge pages in memory that was not written yet: fewer misses in the address translation
-// when rows are skipped.
-WINA_EXPORT void wina_advise_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__)
-  const uintptr_t page = 4096;
-  uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
-  uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
 }

@@ -22,6 +22,7 @@ using Status = int32_t;  // 0 is success
   X(aoti_torch_dtype_bool)         \
   X(aoti_torch_dtype_int8)         \
   X(aoti_torch_dtype_uint8)        \
+  X(aoti_torch_dtype_int64)        \
   X(aoti_torch_dtype_float32)      \
   X(aoti_torch_dtype_float64)      \
   X(aoti_torch_dtype_float16)      \

@@ -21,6 +21,7 @@ constexpr int block = 2 * lanes;
 typedef float Floats __attribute__((vector_size(4 * WINA_LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * WINA_LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * WINA_LANES)));
+typedef uint16_t Shorts __attribute__((vector_size(2 * WINA_LANES)));
 
 struct Half { uint16_t bits; };
 struct Brain { uint16_t bits; };

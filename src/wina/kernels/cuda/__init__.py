@@ -13,9 +13,9 @@ from wina.kernels import reference
 from wina.kernels.cuda import rows
 from wina.kernels.cuda.attention import decode_attention
 from wina.kernels.cuda.gate import gate
-from wina.kernels.cuda.table import config_for, most_tokens
+from wina.kernels.cuda.table import config_for
 
-__all__ = ["decode_attention", "gated_mlp", "linears", "load"]
+__all__ = ["decode_attention", "gated_mlp", "linears", "load", "skips"]
 
 CAPABILITY = (9, 0)  # clusters of blocks, and launches that overlap
 
@@ -35,6 +35,11 @@ def load() -> str | None:
     return None
 
 
+def skips(x: Tensor, outputs: Sequence[int], gated: bool) -> bool:
+    """Return whether rows are skipped for this many rows of x; else a dense product serves."""
+    return config_for(x, outputs, gated) is not None
+
+
 def linears(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -45,8 +50,8 @@ def linears(
     residual: Tensor | None = None,
 ) -> list[Tensor]:
     """Return ``reference.fused_linears``."""
-    if _few(x, weights, thresholds, gated=False):
-        config = config_for(x, [weight.shape[0] for weight in weights], gated=False)
+    config = _config(x, weights, thresholds, norm, gated=False)
+    if config is not None:
         return rows.rows(
             x, weights, thresholds, biases, config, norm=norm, epsilon=epsilon, residual=residual
         )
@@ -73,8 +78,10 @@ def gated_mlp(
 ) -> Tensor:
     """Return ``reference.fused_gated_mlp``: gate and up in one launch, down in another."""
     gate_and_up, vectors = weights[:2], thresholds[:2]
-    if _few(x, gate_and_up, vectors, gated=True) and weights[0].shape == weights[1].shape:
-        config = config_for(x, [weights[0].shape[0]], gated=True)
+    config = None
+    if weights[0].shape == weights[1].shape:
+        config = _config(x, gate_and_up, vectors, norm, gated=True)
+    if config is not None:
         (hidden,) = rows.rows(
             x,
             gate_and_up,
@@ -91,14 +98,19 @@ def gated_mlp(
     return linears(hidden, weights[2:], thresholds[2:], biases[2:], residual=residual)[0]
 
 
-def _few(
-    x: Tensor, weights: Sequence[Tensor], thresholds: Sequence[Tensor], *, gated: bool
-) -> bool:
-    return (
-        len(weights) <= rows.MOST
-        and rows.fits(x, weights, thresholds)
-        and x.numel() <= most_tokens(x, gated) * x.shape[-1]
-    )
+def _config(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    norm: Tensor | None,
+    *,
+    gated: bool,
+) -> rows.Config | None:
+    """Return how to skip rows; None where a dense product must serve or is faster."""
+    if len(weights) > rows.MOST or not rows.fits(x, weights, thresholds, norm):
+        return None
+    outputs = [weight.shape[0] for weight in (weights[:1] if gated else weights)]
+    return config_for(x, outputs, gated)
 
 
 def _gate(x: Tensor, thresholds: Sequence[Tensor]) -> list[Tensor]:

@@ -91,11 +91,42 @@ __device__ __forceinline__ u64 stream_policy() {
   return policy;
 }
 
+#if PREFETCH == 128
+#define NEARBY ".L2::128B"
+#elif PREFETCH == 256
+#define NEARBY ".L2::256B"
+#else
+#define NEARBY ""
+#endif
+
 __device__ __forceinline__ Vector load_stream(const void* address, u64 policy) {
   Vector v;
-  asm("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+  asm volatile(
+      "ld.global.nc.L1::no_allocate.L2::cache_hint" NEARBY ".v4.u32 {%0, %1, %2, %3}, [%4], %5;"
       : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
       : "l"(address), "l"(policy));
+  return v;
+}
+
+// The same into 16 bytes of shared memory, without waiting; a thread waits for its own copies.
+__device__ __forceinline__ void copy_stream(void* to, const void* address, u64 policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint" NEARBY " [%0], [%1], 16, %2;"
+               :
+               : "r"(static_cast<u32>(__cvta_generic_to_shared(to))), "l"(address), "l"(policy)
+               : "memory");
+}
+__device__ __forceinline__ void end_of_copies() { asm volatile("cp.async.commit_group;"); }
+template <int LEFT>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" : : "n"(LEFT) : "memory");
+}
+
+// What no kernel writes. Volatile: such loads stay before wait_for_inputs where they stand before it.
+__device__ __forceinline__ Vector load_constant(const void* address) {
+  Vector v;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+               : "l"(address));
   return v;
 }
 

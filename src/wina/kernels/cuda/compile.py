@@ -35,7 +35,7 @@ class Kernel:
 
         self.threads, self.cluster = threads, cluster
         self._function = function
-        self._shared = 32 << 10  # what needs no leave, less what the kernels declare themselves
+        self._shared = 0  # bytes that were asked for so far
         self._config = config = driver.CUlaunchConfig()
         config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
         config.blockDimX = threads
@@ -103,6 +103,9 @@ def kernel(
         torch.cuda.current_stream().synchronize()  # makes sure that the context exists
         module = _check(driver.cuModuleLoadData(binary))
         function = _check(driver.cuModuleGetFunction(module, name.encode()))
+        # Kernels with unlike shares of shared memory could not overlap on a multiprocessor.
+        share = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        _check(driver.cuFuncSetAttribute(function, share, 100))
     return Kernel(function, threads, dict(macros).get("CLUSTER", 1))
 
 
@@ -124,7 +127,7 @@ def compiled(
         "--std=c++17",
         *(f"-D{name}={value}" for name, value in macros),
     ]
-    version = _check(nvrtc.nvrtcVersion())
+    version = nvrtc.nvrtcVersion()[1:]
     key = hashlib.sha256(repr((text, shared, options, version)).encode()).hexdigest()[:32]
     path = cached("cuda", f"{key}.cubin")
     if path.exists():

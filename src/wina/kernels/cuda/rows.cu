@@ -6,8 +6,10 @@
 // blocks' sums then meet in shared memory of the cluster, in a fixed order. So there is no
 // compaction kernel, no workspace, no atomic, and the result does not vary between runs.
 //
-// Compile-time: ELEMENT, TOKENS, LANES, GROUPS, UNROLL, CLUSTER, HELD, GATED, NORM, BLOCKS.
-//   LANES threads read one row's tile, 16 bytes each; GROUPS rows are read side by side.
+// Compile-time: ELEMENT, TOKENS, LANES, GROUPS, UNROLL, LOADS, PREFETCH, CLUSTER, HELD, GATED, NORM,
+// BLOCKS.
+//   LANES threads read one row's tile, 16 bytes each; GROUPS rows are read side by side, and each
+//   thread has UNROLL under way (LOADS: how). PREFETCH bytes around a load go to the L2 cache.
 //   HELD chunks of channels are gated by a thread at once. BLOCKS should fit a multiprocessor.
 //   GATED: two projections, out = act(gate) * up. Otherwise up to three, one after the other.
 #include "common.cuh"
@@ -32,7 +34,7 @@ struct Arguments {
   const element* norm;      // RMSNorm's weight, or null
   const element* residual;  // (tokens, outputs), added to the first projection's output, or null
   float epsilon;
-  int inputs, tokens, count, activation, capacity;
+  int inputs, tokens, count, activation, capacity, slots;  // slots: their place in shared memory
 };
 
 __device__ __forceinline__ float activate(float x, int kind) {
@@ -64,6 +66,28 @@ __device__ __forceinline__ void block_sum(float (&values)[TOKENS], float* scratc
   }
 }
 
+struct alignas(TOKENS * sizeof(element) < 16 ? TOKENS * sizeof(element) : 16) Values {
+  element of[TOKENS];
+};
+
+// What is added to an output, read long before its sum is known.
+struct Added {
+  element bias[LISTS], residual;
+};
+
+__device__ __forceinline__ void read_added(Added& added, const Arguments& a, int which, int token,
+                                           int output) {
+#pragma unroll
+  for (int list = 0; list < LISTS; ++list) {
+    const Projection& p = a.projections[GATED ? list : which];
+    added.bias[list] = p.bias ? load_one(p.bias + output) : element(0);
+  }
+  added.residual = element(0);
+  if (!GATED && a.residual && which == 0)
+    added.residual =
+        load_one(a.residual + static_cast<long long>(token) * a.projections[0].outputs + output);
+}
+
 struct Gate {
   float thresholds[LISTS][WIDTH];
   float norm[WIDTH];
@@ -72,65 +96,131 @@ struct Gate {
 __device__ __forceinline__ void read_gate(Gate& gate, const Arguments& a, int which, int chunk) {
 #pragma unroll
   for (int list = 0; list < LISTS; ++list) {
-    const float4* from = reinterpret_cast<const float4*>(
-        a.projections[GATED ? list : which].thresholds + chunk * WIDTH);
+    const float* from = a.projections[GATED ? list : which].thresholds + chunk * WIDTH;
 #pragma unroll
-    for (int i = 0; i < WIDTH / 4; ++i) {
-      const float4 four = __ldg(from + i);
-      gate.thresholds[list][4 * i] = four.x;
-      gate.thresholds[list][4 * i + 1] = four.y;
-      gate.thresholds[list][4 * i + 2] = four.z;
-      gate.thresholds[list][4 * i + 3] = four.w;
+    for (int i = 0; i < WIDTH; i += 4) {
+      const Vector four = load_constant(from + i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) gate.thresholds[list][i + j] = __uint_as_float(four.words[j]);
     }
   }
 #if NORM
-  Vector weight;
-  *reinterpret_cast<uint4*>(&weight) =
-      __ldg(reinterpret_cast<const uint4*>(a.norm + chunk * WIDTH));
-  unpack(weight, gate.norm);
+  unpack(load_constant(a.norm + chunk * WIDTH), gate.norm);
 #endif
 }
 
-// One chunk of a token's x, normed if asked.
-__device__ __forceinline__ Vector read_x(const Arguments& a, int token, int channel,
-                                         const Gate& gate, float scale) {
-  Vector found = load_fresh(a.x + static_cast<long long>(token) * a.inputs + channel);
-#if NORM
+__device__ __forceinline__ void read_x(Vector (&x)[TOKENS], const Arguments& a, int channel) {
+#pragma unroll
+  for (int token = 0; token < TOKENS; ++token)
+    if (token < a.tokens)
+      x[token] = load_fresh(a.x + static_cast<long long>(token) * a.inputs + channel);
+}
+
+// RMSNorm of a chunk of x, rounded as Transformers does it.
+__device__ __forceinline__ Vector normed(const Vector& found, const Gate& gate, float scale) {
   float x[WIDTH];
   unpack(found, x);
 #pragma unroll
   for (int i = 0; i < WIDTH; ++i) x[i] = gate.norm[i] * rounded(x[i] * scale);
-  found = pack(x);
-#endif
-  return found;
+  return pack(x);
 }
 
-template <int TAIL>
-__device__ __forceinline__ void add_rows(float (&sums)[TOKENS][WIDTH], const char* weight,
-                                         u32 stride, const u32* rows, const element* values,
-                                         int first, int count, u64 policy) {
+// A thread's rows under way. LOADS 0: UNROLL loads, then their sums. 1: a register is loaded anew
+// as soon as it was used. 2: as 1, by asynchronous copies into the thread's own slots of shared
+// memory, which hold more than registers can.
+struct Walk {
+  const char* weights[LISTS];
+  u32 strides[LISTS];
+  const u32* rows;
+  const Values* values;
+  int ends[LISTS];  // of each list, in steps of the whole walk
+  int gap;          // from the end of the first list to the second's place
+  u64 policy;
+  Vector* slots;
   Vector found[UNROLL];
-#pragma unroll
-  for (int u = 0; u < UNROLL; ++u) {
-    const int i = first + u * GROUPS;
-    if (!TAIL || i < count) {
-      found[u] = load_stream(weight + static_cast<u64>(rows[i]) * stride, policy);
-    } else {
-      found[u] = Vector{{0, 0, 0, 0}};
-    }
+
+  __device__ __forceinline__ int place(int step) const {
+    return LISTS == 2 && step >= ends[0] ? step + gap : step;
   }
-#pragma unroll
-  for (int u = 0; u < UNROLL; ++u) {
-    const int i = first + u * GROUPS;
+  __device__ __forceinline__ void start(int u, int step) {
+    // Both are read, then one is chosen: an array indexed at run time would lie in memory.
+    const u64 row = rows[place(step)];
+    const char* from = weights[0] + row * strides[0];
+    const char* other = weights[LISTS - 1] + row * strides[LISTS - 1];
+    if (LISTS == 2 && step >= ends[0]) from = other;
+    if (LOADS == 2) copy_stream(slots + u * THREADS, from, policy);
+    else found[u] = load_stream(from, policy);
+  }
+  __device__ __forceinline__ void use(float (&sums)[TOKENS][WIDTH], int u, int step) const {
     float row[WIDTH];
-    unpack(found[u], row);
+    unpack(LOADS == 2 ? slots[u * THREADS] : found[u], row);
+    const Values x = values[place(step)];
 #pragma unroll
     for (int token = 0; token < TOKENS; ++token) {
-      const float x = !TAIL || i < count ? to_float(values[i * TOKENS + token]) : 0.0f;
+      const float value = to_float(x.of[token]);
 #pragma unroll
-      for (int c = 0; c < WIDTH; ++c) sums[token][c] = fmaf(x, row[c], sums[token][c]);
+      for (int c = 0; c < WIDTH; ++c) sums[token][c] = fmaf(value, row[c], sums[token][c]);
     }
   }
+};
+
+__device__ __forceinline__ void add_rows(Walk& walk, float (&sums)[LISTS][TOKENS][WIDTH],
+                                         int first) {
+  constexpr int STEP = UNROLL * GROUPS, LAST = STEP - GROUPS;
+  const int all = walk.ends[LISTS - 1];
+  int i = first;
+#if LOADS == 0
+#pragma unroll
+  for (int list = 0; list < LISTS; ++list) {
+    for (; i + LAST < walk.ends[list]; i += STEP) {
+#pragma unroll
+      for (int u = 0; u < UNROLL; ++u) walk.start(u, i + u * GROUPS);
+#pragma unroll
+      for (int u = 0; u < UNROLL; ++u) walk.use(sums[list], u, i + u * GROUPS);
+    }
+    // What is left of this list, beside the first of the next.
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u)
+      if (i + u * GROUPS < all) walk.start(u, i + u * GROUPS);
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      const int step = i + u * GROUPS;
+      if (step < walk.ends[list]) walk.use(sums[list], u, step);
+      else if (step < all) walk.use(sums[LISTS - 1], u, step);
+    }
+    i += STEP;
+  }
+#else
+#pragma unroll
+  for (int u = 0; u < UNROLL; ++u) {
+    if (i + u * GROUPS < all) walk.start(u, i + u * GROUPS);
+    if (LOADS == 2) end_of_copies();
+  }
+#pragma unroll
+  for (int list = 0; list < LISTS; ++list) {
+    for (; i + LAST < walk.ends[list]; i += STEP) {
+#pragma unroll
+      for (int u = 0; u < UNROLL; ++u) {
+        const int step = i + u * GROUPS;
+        if (LOADS == 2) wait_for_copies<UNROLL - 1>();
+        walk.use(sums[list], u, step);
+        if (step + STEP < all) walk.start(u, step + STEP);
+        if (LOADS == 2) end_of_copies();
+      }
+    }
+    // What is left of this list, beside the first of the next.
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      const int step = i + u * GROUPS;
+      if (LOADS == 2) wait_for_copies<UNROLL - 1>();
+      if (step < walk.ends[list]) walk.use(sums[list], u, step);
+      else if (step < all) walk.use(sums[LISTS - 1], u, step);
+      if (step + STEP < all) walk.start(u, step + STEP);
+      if (LOADS == 2) end_of_copies();
+    }
+    i += STEP;
+  }
+#endif
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
@@ -140,7 +230,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   __shared__ float scratch[WARPS * TOKENS];
   __shared__ float parts[LISTS][TOKENS][COLUMNS];
   u32* rows = reinterpret_cast<u32*>(memory);  // [LISTS][capacity]
-  element* values = reinterpret_cast<element*>(rows + LISTS * a.capacity);  // [..][..][TOKENS]
+  Values* values = reinterpret_cast<Values*>(rows + LISTS * a.capacity);  // [LISTS][capacity]
   float* meet = reinterpret_cast<float*>(memory);  // [GROUPS][COLUMNS], when the lists are done
 
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -162,8 +252,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const u64 policy = stream_policy();
   wait_for_inputs();
 
-  float scale[TOKENS];
+  Vector x[HELD][TOKENS];
+#pragma unroll
+  for (int held = 0; held < HELD; ++held) {
+    const int chunk = thread + THREADS * held;
+    if (chunk < mine) read_x(x[held], a, (rank + CLUSTER * chunk) * WIDTH);
+  }
+  constexpr int SHARE = (COLUMNS + CLUSTER - 1) / CLUSTER;  // columns that this block finishes
+  const int outputs = a.projections[GATED ? 0 : which].outputs;
+  Added added;
+  {
+    const int c = rank * SHARE + thread % SHARE, token = thread / SHARE;
+    const int output = tile * COLUMNS + c;
+    if (token < a.tokens && c < COLUMNS && output < outputs)
+      read_added(added, a, which, token, output);
+  }
 #if NORM
+  float scale[TOKENS];
 #pragma unroll
   for (int token = 0; token < TOKENS; ++token) scale[token] = 0.0f;
   for (int chunk = thread; chunk < chunks; chunk += THREADS) {
@@ -187,7 +292,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
   for (int list = 0; list < LISTS; ++list) count[list] = 0;
   for (int start = 0; start < mine; start += THREADS * HELD) {
-    Vector x[HELD][TOKENS];
     u32 live[HELD][LISTS][TOKENS], either[HELD][LISTS], own = 0;
 #pragma unroll
     for (int held = 0; held < HELD; ++held) {
@@ -196,14 +300,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       for (int list = 0; list < LISTS; ++list) either[held][list] = 0;
       if (chunk >= mine) continue;
       const int channel = (rank + CLUSTER * chunk) * WIDTH;
-      if (start) read_gate(gate[held], a, which, rank + CLUSTER * chunk);
+      if (start) {
+        read_gate(gate[held], a, which, rank + CLUSTER * chunk);
+        read_x(x[held], a, channel);
+      }
 #pragma unroll
       for (int token = 0; token < TOKENS; ++token) {
+#if NORM
+        x[held][token] = normed(x[held][token], gate[held], scale[token]);
+#endif
         float now[WIDTH];
-        if (token < a.tokens) {
-          x[held][token] = read_x(a, token, channel, gate[held], scale[token]);
-          unpack(x[held][token], now);
-        }
+        unpack(x[held][token], now);
 #pragma unroll
         for (int list = 0; list < LISTS; ++list) {
           u32 bits = 0;
@@ -242,12 +349,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
         for (int i = 0; i < WIDTH; ++i) {
           if (either[held][list] >> i & 1) {
-            rows[place] = channel + i;
+            Values kept;
 #pragma unroll
             for (int token = 0; token < TOKENS; ++token)
-              values[place * TOKENS + token] =
-                  live[held][list][token] >> i & 1 ? pick(x[held][token], i) : element(0);
-            ++place;
+              kept.of[token] = live[held][list][token] >> i & 1 ? pick(x[held][token], i) : element(0);
+            rows[place] = channel + i;
+            values[place++] = kept;
           }
         }
       }
@@ -258,6 +365,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
   const int column = tile * COLUMNS + thread % LANES * WIDTH, group = thread / LANES;
   float sums[LISTS][TOKENS][WIDTH];
+  Walk walk;
 #pragma unroll
   for (int list = 0; list < LISTS; ++list) {
 #pragma unroll
@@ -265,17 +373,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
       for (int c = 0; c < WIDTH; ++c) sums[list][token][c] = 0.0f;
     const Projection& p = a.projections[GATED ? list : which];
-    if (group < GROUPS && column < p.outputs) {
-      const char* weight = reinterpret_cast<const char*>(p.weight + column);
-      const u32 stride = p.stride * sizeof(element);
-      const u32* r = rows + list * a.capacity;
-      const element* v = values + list * a.capacity * TOKENS;
-      int i = group;
-      for (; i + (UNROLL - 1) * GROUPS < count[list]; i += UNROLL * GROUPS)
-        add_rows<0>(sums[list], weight, stride, r, v, i, count[list], policy);
-      if (i < count[list]) add_rows<1>(sums[list], weight, stride, r, v, i, count[list], policy);
-    }
+    walk.weights[list] = reinterpret_cast<const char*>(p.weight + column);
+    walk.strides[list] = p.stride * sizeof(element);
+    walk.ends[list] = list ? count[0] + count[list] : count[0];
   }
+  walk.rows = rows;
+  walk.values = values;
+  walk.gap = a.capacity - count[0];
+  walk.policy = policy;
+  walk.slots = reinterpret_cast<Vector*>(memory + a.slots) + thread;
+  if (group < GROUPS && column < outputs) add_rows(walk, sums, group);
 
   // The groups' sums, one list and token at a time; those of one warp without shared memory.
   constexpr bool FOLD = LANES < 32 && (LANES & (LANES - 1)) == 0 && LANES * GROUPS == THREADS;
@@ -311,12 +418,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
   if (CLUSTER > 1) cluster_sync(); else __syncthreads();
   // Each block finishes its share of the tile's columns.
-  constexpr int SHARE = (COLUMNS + CLUSTER - 1) / CLUSTER;
   for (int i = thread; i < SHARE * a.tokens; i += THREADS) {
-    const int c = rank * SHARE + i % SHARE, token = i / SHARE;
-    const int output = tile * COLUMNS + c;
-    const Projection& p = a.projections[GATED ? 0 : which];
-    if (c >= COLUMNS || output >= p.outputs) continue;
+    const int c = rank * SHARE + i % SHARE, token = i / SHARE, output = tile * COLUMNS + c;
+    if (c >= COLUMNS || output >= outputs) continue;
+    if (i != thread) read_added(added, a, which, token, output);
     float found[LISTS];
 #pragma unroll
     for (int list = 0; list < LISTS; ++list) {
@@ -324,16 +429,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
       for (int r = 0; r < CLUSTER; ++r)
         sum += CLUSTER == 1 ? parts[list][token][c] : read_from(&parts[list][token][c], r);
-      const element* bias = a.projections[GATED ? list : which].bias;
-      if (bias) sum += to_float(__ldg(bias + output));
-      found[list] = rounded(sum);
+      found[list] = rounded(sum + to_float(added.bias[list]));
     }
-    const long long place = static_cast<long long>(token) * p.outputs + output;
+    const long long place = static_cast<long long>(token) * outputs + output;
 #if GATED
-    p.out[place] = to_element(rounded(activate(found[0], a.activation)) * found[LISTS - 1]);
+    a.projections[0].out[place] =
+        to_element(rounded(activate(found[0], a.activation)) * found[LISTS - 1]);
 #else
-    if (a.residual && which == 0) found[0] += to_float(load_one(a.residual + place));
-    p.out[place] = to_element(found[0]);
+    a.projections[which].out[place] = to_element(found[0] + to_float(added.residual));
 #endif
   }
   if (CLUSTER > 1) cluster_sync();  // a block's shared memory must outlive its readers

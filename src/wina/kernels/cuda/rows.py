@@ -15,6 +15,7 @@ ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 TOKENS = (1, 2, 4, 8)  # rows of x that a kernel is compiled for
 MOST = 3  # projections of one launch
+SLOTS = 2  # the kind of loads that needs shared memory
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,21 @@ class Config:
         lanes: threads that read one row's tile, 16 bytes each.
         groups: rows that a block reads side by side.
         unroll: rows that a thread has under way.
-        cluster: blocks that share a tile, each with its part of the channels.
-        blocks: of a multiprocessor, for the compiler's choice of registers.
+        cluster: blocks that share a tile, each with its part of the channels: 1, 2, 4 or 8.
+        blocks: of a multiprocessor, for the compiler's choice of registers. Two leave room for
+            the next kernel, which can then start before this one has ended.
+        loads: how rows are kept under way: 0 at once, 1 a register as soon as it was used, 2 as 1
+            through shared memory.
+        prefetch: bytes around a load that go to the second-level cache: 0, 128 or 256.
     """
 
     lanes: int
     groups: int
     unroll: int = 8
-    cluster: int = 8
-    blocks: int = 1
+    cluster: int = 1
+    blocks: int = 2
+    loads: int = 2
+    prefetch: int = 0
 
     @property
     def threads(self) -> int:
@@ -65,12 +72,21 @@ class _Arguments(ctypes.Structure):
         ("count", ctypes.c_int),
         ("activation", ctypes.c_int),
         ("capacity", ctypes.c_int),
+        ("slots", ctypes.c_int),
     )
 
 
-def fits(x: Tensor, weights: Sequence[Tensor], thresholds: Sequence[Tensor]) -> bool:
+def fits(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    norm: Tensor | None = None,
+) -> bool:
     """Return whether the kernel can compute W drop(x): few tokens, input-major rows of 16 bytes."""
-    if any(vector.data_ptr() % 16 or not vector.is_contiguous() for vector in thresholds):
+    vectors = thresholds if norm is None else (*thresholds, norm)
+    if any(vector.data_ptr() % 16 or not vector.is_contiguous() for vector in vectors):
+        return False
+    if x.data_ptr() % 16 and x.is_contiguous():
         return False
     if x.dtype not in ELEMENTS or not x.numel() or x.numel() > TOKENS[-1] * x.shape[-1]:
         return False
@@ -92,6 +108,34 @@ def list_bytes(inputs: int, cluster: int, gated: bool, tokens: int, size: int) -
     width = 16 // size
     capacity = -(-(inputs // width) // cluster) * width
     return (2 if gated else 1) * capacity * (4 + size * tokens)
+
+
+def shared_bytes(config: Config, inputs: int, gated: bool, tokens: int, size: int) -> int:
+    """Return the dynamic shared memory of a block: lists, slots; later the groups' sums."""
+    lists = list_bytes(inputs, config.cluster, gated, tokens, size)
+    slots = 16 * config.threads * config.unroll if config.loads == SLOTS else 0
+    return max(lists + slots, 16 // size * config.groups * config.lanes * 4)
+
+
+def macros_of(
+    config: Config, dtype: torch.dtype, inputs: int, tokens: int, *, gated: bool, norm: bool
+) -> dict[str, int]:
+    """Return what rows.cu is compiled with for x of a shape; tokens: one of ``TOKENS``."""
+    chunks = -(-(inputs * dtype.itemsize // 16) // config.cluster)
+    return {
+        "ELEMENT": ELEMENTS[dtype],
+        "TOKENS": tokens,
+        "LANES": config.lanes,
+        "GROUPS": config.groups,
+        "UNROLL": config.unroll,
+        "LOADS": config.loads,
+        "PREFETCH": config.prefetch,
+        "CLUSTER": config.cluster,
+        "HELD": min(4 if tokens == 1 else 1, -(-chunks // config.threads)),
+        "GATED": int(gated),
+        "NORM": int(norm),
+        "BLOCKS": config.blocks,
+    }
 
 
 def rows(
@@ -120,28 +164,17 @@ def rows(
         residual: added to the first projection's result, that result's shape.
     """
     x = x.contiguous()
-    inputs = x.shape[-1]
+    inputs, size = x.shape[-1], x.element_size()
+    width, gated = 16 // size, activation is not None
     tokens = x.numel() // inputs
     compiled_for = next(number for number in TOKENS if number >= tokens)
-    width = 16 // x.element_size()
-    chunks = -(-(inputs // width) // config.cluster)
-    held = min(4 if compiled_for == 1 else 1, -(-chunks // config.threads))
-    macros = {
-        "ELEMENT": ELEMENTS[x.dtype],
-        "TOKENS": compiled_for,
-        "LANES": config.lanes,
-        "GROUPS": config.groups,
-        "UNROLL": config.unroll,
-        "CLUSTER": config.cluster,
-        "HELD": held,
-        "GATED": int(activation is not None),
-        "NORM": int(norm is not None),
-        "BLOCKS": config.blocks,
-    }
+    macros = macros_of(config, x.dtype, inputs, compiled_for, gated=gated, norm=norm is not None)
     device = x.device.index or 0
     run = kernel("rows.cu", "wina_rows", mapping(macros), device, config.threads)
     columns = config.lanes * width
-    capacity = chunks * width
+    residual = None if residual is None else residual.contiguous()
+    biases = [None if bias is None else bias.contiguous() for bias in biases]
+    lists = list_bytes(inputs, config.cluster, gated, compiled_for, size)
     arguments = _Arguments(
         x=x.data_ptr(),
         norm=None if norm is None else norm.data_ptr(),
@@ -151,7 +184,8 @@ def rows(
         tokens=tokens,
         count=len(weights),
         activation=ACTIVATIONS[activation or "silu"],
-        capacity=capacity,
+        capacity=-(-(inputs // width) // config.cluster) * width,
+        slots=lists,
     )
     results, tiles = [], 0
     for place, (weight, vector, bias) in enumerate(zip(weights, thresholds, biases, strict=True)):
@@ -164,8 +198,6 @@ def rows(
             results.append(x.new_empty((*x.shape[:-1], weight.shape[0])))
             projection.out = results[-1].data_ptr()
             tiles += projection.tiles
-    size = x.element_size()
-    lists = list_bytes(inputs, config.cluster, activation is not None, compiled_for, size)
-    shared = max(lists, config.groups * columns * 4)
+    shared = shared_bytes(config, inputs, gated, compiled_for, size)
     run.launch(tiles * config.cluster, shared, arguments)
     return results

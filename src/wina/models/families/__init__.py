@@ -9,6 +9,7 @@ from wina.models.families.base import Family, families, family_of, register
 # Importing a file registers what it defines.
 from wina.models.families import (  # noqa: F401  isort: skip
     falcon,
+    gemma3n,
     gpt2,
     gpt_neox,
     jetmoe,

@@ -1,0 +1,162 @@
+"""The quantization method ``wina`` of vLLM: which plan, and which layers are sparse."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+
+from wina.errors import UsageError, WinaError
+from wina.files import validate
+from wina.integrations.vllm.lines import line_for
+from wina.integrations.vllm.shards import check_servable, missing, projections_of
+from wina.models.identity import config_hash
+from wina.plan import Plan, PlanDocument, PlannedLinear
+
+METHOD = "wina"
+CAPABILITY = 80  # of the GPU; bfloat16
+
+
+class WinaConfig(QuantizationConfig):  # type: ignore[misc]
+    """A plan in vLLM.
+
+    Attributes:
+        source: the plan's folder or hub id; None where the vectors are in the model's checkpoint.
+        revision: of a hub id.
+        document: everything of the plan but its vectors.
+        digest: of the plan; what vLLM compiled for one plan must not serve another.
+        planned: the plan's linears by vLLM's name of them.
+        claimed: those that a layer of this process holds.
+    """
+
+    def __init__(
+        self, document: PlanDocument, source: str | None, revision: str | None, digest: str
+    ) -> None:
+        super().__init__()
+        self.document = document
+        self.digest = digest
+        self.source = source
+        self.revision = revision
+        self.planned: dict[str, PlannedLinear] = dict(document.linears)
+        self.names = {name: name for name in document.linears}  # vLLM's -> the plan's
+        self.claimed: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"wina({self.source or 'checkpoint'}, {self.document.target_sparsity:.0%})"
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Return the method's name."""
+        return METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """Return what the kernels compute in."""
+        return [torch.float32, torch.float16, torch.bfloat16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Return the least compute capability of a GPU."""
+        return CAPABILITY
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Return no names: the config is in config.json or given to vLLM."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> WinaConfig:
+        """Make it from ``quantization_config``: ``plan`` is a folder, a hub id or a document.
+
+        Raises:
+            UsageError: vLLM's version is none that wina knows, or vLLM cannot run the plan.
+            WinaError: there is no such plan, or it is damaged.
+        """
+        import vllm
+
+        line_for(vllm.__version__)
+        plan, revision = config.get("plan"), config.get("revision")
+        if config.get("base") is not None:
+            raise UsageError(
+                "this sparse model's weights are quantized by another method too, which wina does "
+                "not run in vLLM; serve the model from unquantized weights"
+            )
+        if isinstance(plan, dict):
+            document = validate(plan, PlanDocument, "the config's quantization_config.plan")
+            source, digest = None, _digest(document, {})
+        elif isinstance(plan, str):
+            loaded, source = Plan.load(plan, revision), plan
+            document, digest = loaded.document, _digest(loaded.document, loaded.vectors)
+        else:
+            raise UsageError(
+                'wina needs a plan: --hf-overrides \'{"quantization_config": '
+                '{"quant_method": "wina", "plan": "FOLDER_OR_HUB_ID"}}\''
+            )
+        check_servable(document)
+        return cls(document, source, revision, digest)
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Raise WinaError if the plan was made for a model of another shape."""
+        del revision
+        if hf_config is not None and config_hash(hf_config) != self.document.model.config_hash:
+            raise WinaError(
+                f"the plan was made for {self.document.model.name!r}, and {model_name!r} is "
+                "another architecture or size (their configs differ)"
+            )
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Take vLLM's names of the linears."""
+
+        def renamed(name: str) -> str:
+            found: list[str] = hf_to_vllm_mapper.apply_list([name])
+            return found[0] if found else name
+
+        self.names = {renamed(name): own for name, own in self.names.items()}
+        self.planned = {name: self.document.linears[own] for name, own in self.names.items()}
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Return how vLLM computes a layer; None leaves it to vLLM.
+
+        Raises:
+            UsageError: the plan names experts.
+        """
+        import vllm
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        from wina.integrations.vllm.linear import WinaLinearMethod
+
+        if isinstance(layer, LinearBase):
+            names = projections_of(prefix, self.planned, self.packed_modules_mapping)
+            return WinaLinearMethod(self, names) if names else UnquantizedLinearMethod()
+        if isinstance(layer, line_for(vllm.__version__).expert_class()):
+            parent = prefix.rpartition(".")[0] if prefix.endswith("routed_experts") else prefix
+            if any(name.startswith(f"{parent}.") for name in self.planned):
+                raise UsageError(
+                    f"the plan names experts of {parent}, which vLLM computes fused and wina does "
+                    "not run there yet; serve a plan of the other linears, or the model without one"
+                )
+        return None
+
+    def check_claimed(self) -> None:
+        """Raise WinaError if vLLM's model has no layer for a linear of the plan."""
+        if left := missing(self.claimed, self.planned):
+            raise WinaError(
+                f"vLLM's model has no layer for {len(left)} of the plan's linears, such as "
+                f"{left[0]}; vLLM builds this architecture in another way than Transformers"
+            )
+
+
+def _digest(document: PlanDocument, vectors: Mapping[str, Tensor]) -> str:
+    total = hashlib.sha256(document.model_dump_json().encode())
+    for name in sorted(vectors):
+        total.update(vectors[name].numpy().tobytes())
+    return total.hexdigest()

@@ -1,0 +1,181 @@
+"""A fused, partly sparse linear layer as one opaque torch operator.
+
+``torch.ops.wina.batch_linear`` computes W x + b on the batch's dense rows and W drop(x) + b + s on
+its sparse ones. It reads from ``rows.BATCH`` which is which, as vLLM's attention reads its
+metadata, so that a compiled or captured model serves any mix. Sparse rows go to the kernels that
+serve Transformers models.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from wina.integrations.vllm.packed import products_of
+from wina.integrations.vllm.rows import BATCH
+from wina.kernels import dense_linear, reference, sparse_linear, sparse_linears
+from wina.layers.linear import FEW
+
+SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor thresholds, int[] sizes, Tensor[] bias, "
+    "Tensor[] sparse_bias) -> Tensor"
+)
+SKIPPED = 8  # rows up to which rows of W are skipped, where a dense product is at hand
+
+
+def batch_linear(
+    x: Tensor,
+    weight: Tensor,
+    thresholds: Tensor,
+    sizes: list[int],
+    bias: Tensor | None,
+    sparse_bias: Tensor | None,
+) -> Tensor:
+    """Return the layer's outputs, shape (rows, outputs).
+
+    Args:
+        x: shape (rows, inputs).
+        weight: of all projections, one below the other, shape (outputs, inputs).
+        thresholds: of each projection, shape (projections, inputs), float32.
+        sizes: outputs of each projection.
+        bias: shape (outputs,), or None.
+        sparse_bias: added on sparse rows only, shape (outputs,), or None.
+    """
+    biases = [] if bias is None else [bias]
+    others = [] if sparse_bias is None else [sparse_bias]
+    result: Tensor = torch.ops.wina.batch_linear(x, weight, thresholds, sizes, biases, others)
+    return result
+
+
+def _on_cpu(
+    x: Tensor,
+    weight: Tensor,
+    thresholds: Tensor,
+    sizes: list[int],
+    bias: list[Tensor],
+    sparse_bias: list[Tensor],
+) -> Tensor:
+    own = bias[0] if bias else None
+    if BATCH.kind == "dense":
+        return _dense(x, weight, own)
+    both = _sum(own, sparse_bias[0] if sparse_bias else None)
+    if BATCH.kind == "sparse":
+        return _sparse(x, weight, thresholds, sizes, both)
+    sparse, dense = BATCH.places(len(x))
+    result = x.new_empty(len(x), weight.shape[0])
+    result[dense] = _dense(x[dense], weight, own)
+    result[sparse] = _sparse(x[sparse], weight, thresholds, sizes, both)
+    return result
+
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.device.type == "cpu" and len(x) <= FEW and weight.stride(0) == 1:
+        return dense_linear(x, weight, bias)
+    if (products := products_of(weight)) is not None:
+        return _join([product(x) for product in products], bias)
+    return functional.linear(x, weight, bias)
+
+
+def _sparse(
+    x: Tensor, weight: Tensor, thresholds: Tensor, sizes: list[int], bias: Tensor | None
+) -> Tensor:
+    if len(x) > SKIPPED and (products := products_of(weight)) is not None:
+        masked = (reference.drop(x, vector) for vector in thresholds)
+        return _join([product(x) for product, x in zip(products, masked, strict=True)], bias)
+    if len(sizes) == 1:
+        return sparse_linear(x, weight, thresholds[0], bias)
+    biases = None if bias is None else torch.split(bias, sizes)
+    return torch.cat(
+        sparse_linears(x, torch.split(weight, sizes), thresholds.unbind(), biases),
+        dim=-1,
+    )
+
+
+def _join(parts: list[Tensor], bias: Tensor | None) -> Tensor:
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return whole if bias is None else whole + bias
+
+
+def _on_cuda(
+    x: Tensor,
+    weight: Tensor,
+    thresholds: Tensor,
+    sizes: list[int],
+    bias: list[Tensor],
+    sparse_bias: list[Tensor],
+) -> Tensor:
+    own = bias[0] if bias else None
+    extra = sparse_bias[0] if sparse_bias else None
+    if not torch.cuda.is_current_stream_capturing():
+        if BATCH.kind == "dense":
+            return _dense(x, weight, own)
+        if BATCH.kind == "sparse":
+            return _sparse(x, weight, thresholds, sizes, _sum(own, extra))
+    # A graph is replayed with any mix of rows: the device looks which are which.
+    flags = BATCH.flags(x.device, len(x))
+    masked = gate(x, thresholds, flags)
+    weights = torch.split(weight, sizes)
+    none: list[Tensor | None] = [None] * len(sizes)
+    biases = none if own is None else torch.split(own, sizes)
+    if len(x) <= SKIPPED:  # what is 0 by now is skipped, as a dropped channel is
+        least = _least(x.shape[-1], x.device)
+        parts = [sparse_linear(masked[i], weights[i], least, biases[i]) for i in range(len(sizes))]
+    else:
+        parts = [functional.linear(masked[i], weights[i], biases[i]) for i in range(len(sizes))]
+    return _join(parts, None if extra is None else flags[:, None] * extra)
+
+
+def gate(x: Tensor, thresholds: Tensor, flags: Tensor) -> Tensor:
+    """Return x as each projection sees it: masked where ``flags`` says so.
+
+    Args:
+        x: shape (rows, inputs).
+        thresholds: shape (projections, inputs), float32.
+        flags: True for sparse rows, shape (rows,).
+
+    Returns:
+        Shape (projections, rows, inputs), x's dtype.
+    """
+    if x.is_cuda:
+        from wina.kernels.triton.gate import gate_rows
+
+        return gate_rows(x, thresholds, flags)
+    zero_if = flags[:, None] & (x.abs().float() < thresholds[:, None])
+    return torch.where(zero_if, 0, x)
+
+
+@cache
+def _least(inputs: int, device: torch.device) -> Tensor:
+    return torch.full((inputs,), torch.finfo(torch.float32).tiny, device=device)
+
+
+def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    thresholds: Tensor,
+    sizes: list[int],
+    bias: list[Tensor],
+    sparse_bias: list[Tensor],
+) -> Tensor:
+    del thresholds, sizes, bias, sparse_bias
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _define() -> None:
+    name = "wina::batch_linear"
+    torch.library.define(name, SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(name, "CPU", _on_cpu)
+    torch.library.impl(name, "CUDA", _on_cuda)
+    torch.library.register_fake(name, _fake)
+
+
+_define()

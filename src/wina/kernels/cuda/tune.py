@@ -1,0 +1,277 @@
+"""Measure which configuration serves a shape best, beside a dense product.
+
+Launches are captured in a CUDA graph, one after the other as in a decode step, over several sets
+of weights, so that the cache holds none of them from the launch before.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from wina.kernels.cuda import rows
+from wina.kernels.cuda.compile import compiled, mapping
+from wina.kernels.cuda.table import MOST_SHARED, rule, shape_key
+from wina.progress import note
+
+DEVICE = torch.device("cuda")
+LAUNCHES = 16  # of a graph, at least
+REPLAYS = 15
+CACHES = 4  # times the second-level cache that the live rows of all sets exceed
+SPARSITIES = (0.5, 0.65)  # a configuration is judged by the sum of its times at these
+COMPILERS = 16  # programs compiled side by side
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A launch of the row kernel.
+
+    Attributes:
+        inputs: features of x.
+        outputs: of each projection; of the gate, which up equals, where ``gated``.
+        gated: act(gate) * up in one launch.
+        normed: x goes through an RMSNorm first.
+        added: a residual is added to the first projection's result.
+    """
+
+    inputs: int
+    outputs: tuple[int, ...]
+    gated: bool = False
+    normed: bool = False
+    added: bool = False
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.inputs * sum(self.outputs) * (2 if self.gated else 1)
+
+    def key(self, tokens: int, dtype: torch.dtype) -> str:
+        """Return the shape's name in the table."""
+        return shape_key(self.inputs, self.outputs, self.gated, tokens, dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds of one launch: quantiles over replays."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+class Trial:
+    """A shape's tensors on a device, and what is timed on them."""
+
+    def __init__(self, shape: Shape, tokens: int, dtype: torch.dtype, live: float) -> None:
+        """Make enough sets of weights.
+
+        Args:
+            shape: of the launch.
+            tokens: rows of x.
+            dtype: of x and the weights.
+            live: the smallest share of the rows that a launch reads.
+        """
+        device = DEVICE
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        size = shape.weights * dtype.itemsize
+        self.shape, self.dtype = shape, dtype
+        self.copies = max(2, math.ceil(CACHES * cache / (size * live)))
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        count = 2 if shape.gated else len(shape.outputs)
+        outputs = shape.outputs * 2 if shape.gated else shape.outputs
+        self.x = torch.randn(self.copies, tokens, shape.inputs, **options)
+        self.weights = [
+            [torch.randn(shape.inputs, n, **options).mul_(shape.inputs**-0.5).t() for n in outputs]
+            for _ in range(self.copies)
+        ]
+        self.biases: list[Tensor | None] = [None] * count
+        self.norm = torch.ones(shape.inputs, **options) if shape.normed else None
+        self.residual = torch.randn(tokens, outputs[0], **options) if shape.added else None
+        self.thresholds = torch.zeros(shape.inputs, device=device)
+        self.count = count
+
+    def sparse(self, config: rows.Config) -> Replay:
+        """Capture launches; ``drop`` sets which channels they drop."""
+        thresholds = [self.thresholds] * self.count
+        options: dict[str, Any] = {"norm": self.norm, "epsilon": 1e-5, "residual": self.residual}
+        if self.shape.gated:
+            options["activation"] = "silu"
+
+        def run(i: int) -> object:
+            return rows.rows(self.x[i], self.weights[i], thresholds, self.biases, config, **options)
+
+        return Replay(run, self.copies)
+
+    def drop(self, sparsity: float) -> None:
+        """Set thresholds that drop this share of the inputs, which are standard normal."""
+        self.thresholds.fill_(level_of(sparsity))
+
+    def dense(self, input_major: bool = True) -> Replay:
+        """Capture the dense products alone, by torch; for the usual layout a copy is made."""
+        weights = self.weights
+        if not input_major:
+            weights = [[w.contiguous() for w in some] for some in weights]
+
+        def run(i: int) -> object:
+            return [functional.linear(self.x[i], w) for w in weights[i]]
+
+        return Replay(run, self.copies)
+
+
+class Replay:
+    """Launches on several sets of tensors in turn, captured in one CUDA graph."""
+
+    def __init__(self, run: Callable[[int], object], copies: int) -> None:
+        """Capture.
+
+        Args:
+            run: launches on the set of an index.
+            copies: how many sets there are.
+        """
+        self.launches = copies * math.ceil(LAUNCHES / copies)
+        self.graph = torch.cuda.CUDAGraph()
+        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            run(0)  # kernels are compiled and libraries set up outside a capture
+            stream.synchronize()
+            # Not torch.cuda.graph, which collects garbage first: a tenth of a second each time.
+            self.graph.capture_begin()
+            self.kept = [run(i % copies) for i in range(self.launches)]
+            self.graph.capture_end()
+
+    def time(self, replays: int = REPLAYS) -> Timing:
+        """Return the time of one of the launches."""
+        times = []
+        for replay in range(replays + 2):
+            start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            start.record()
+            self.graph.replay()
+            end.record()
+            end.synchronize()
+            if replay >= 2:
+                times.append(start.elapsed_time(end) * 1e3 / self.launches)
+        times.sort()
+        return Timing(*(times[int(q * len(times))] for q in (0.2, 0.5, 0.8)))
+
+
+def level_of(sparsity: float) -> float:
+    """Return the threshold that drops this share of standard normal inputs."""
+    return math.sqrt(2) * float(torch.erfinv(torch.tensor(float(sparsity))))
+
+
+def cuts(shape: Shape, tokens: int, size: int, units: int) -> list[rows.Config]:
+    """Return ways to cut a shape into blocks, with a middling way to keep rows under way."""
+    found = []
+    width = 16 // size
+    for lanes, cluster, threads in itertools.product((8, 16, 32, 64), (1, 2, 4, 8), (256, 512)):
+        blocks = cluster * sum(-(-out // (lanes * width)) for out in shape.outputs)
+        if not 0.6 * units <= blocks * threads / 512 <= 2.2 * units:
+            continue
+        small = tokens <= 2
+        config = rows.Config(
+            lanes,
+            threads // lanes,
+            (6 if shape.gated else 8) if small else 4,
+            cluster,
+            512 // threads * (2 if small else 1),
+        )
+        found += [config] if _fits(config, shape, tokens, size) else []
+    usual = rule(shape.inputs, shape.outputs, shape.gated, tokens, size, units)
+    return list(dict.fromkeys([*([usual] if usual else []), *found]))
+
+
+def streams(config: rows.Config, shape: Shape, tokens: int, size: int) -> list[rows.Config]:
+    """Return ways to keep rows under way, and hints, for one way to cut."""
+    kinds = [(2, 4), (2, 6), (2, 8), (2, 12), (1, 4), (1, 6), (1, 8), (0, 4), (0, 8)]
+    found = [replace(config, loads=loads, unroll=unroll) for loads, unroll in kinds]
+    found += [replace(config, prefetch=256), replace(config, prefetch=128)]
+    if config.blocks > 1:
+        found.append(replace(config, blocks=config.blocks // 2))
+    return [one for one in found if _fits(one, shape, tokens, size)]
+
+
+def _fits(config: rows.Config, shape: Shape, tokens: int, size: int) -> bool:
+    needed = rows.shared_bytes(config, shape.inputs, shape.gated, tokens, size)
+    return needed <= (2 * MOST_SHARED // config.blocks if config.blocks > 1 else MOST_SHARED)
+
+
+def compile_all(
+    configs: Iterable[rows.Config], shape: Shape, tokens: int, dtype: torch.dtype
+) -> None:
+    """Compile configurations side by side into the cache folder."""
+    capability = torch.cuda.get_device_capability()
+    programs = [
+        mapping(
+            rows.macros_of(one, dtype, shape.inputs, tokens, gated=shape.gated, norm=shape.normed)
+        )
+        for one in configs
+    ]
+    with ThreadPoolExecutor(COMPILERS) as pool:
+        list(pool.map(lambda macros: compiled("rows.cu", macros, capability), programs))
+
+
+def tune(
+    shape: Shape,
+    tokens: int,
+    dtype: torch.dtype,
+    sparsities: Sequence[float] = SPARSITIES,
+    log: Callable[[str, rows.Config, dict[float, float]], None] | None = None,
+) -> rows.Config | None:
+    """Return the fastest configuration, or None where a dense product is no slower.
+
+    First the cut into blocks is chosen, then how rows are kept under way.
+
+    Args:
+        shape: of the launch.
+        tokens: rows of x, one of ``rows.TOKENS``; their masks are independent, which is the
+            worst case for skipping.
+        dtype: of x and the weights.
+        sparsities: a configuration is judged by the sum of its times at these.
+        log: called with the shape's key, each configuration and its times in microseconds.
+    """
+    units = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    trial = Trial(shape, tokens, dtype, 1 - max(sparsities))
+    key = shape.key(tokens, dtype)
+    seen: dict[rows.Config, float] = {}
+
+    def measure(config: rows.Config, replays: int) -> dict[float, float]:
+        launches, times = trial.sparse(config), {}
+        for sparsity in sparsities:
+            trial.drop(sparsity)
+            times[sparsity] = launches.time(replays).p50
+        return times
+
+    def judge(configs: list[rows.Config]) -> rows.Config | None:
+        fresh = [one for one in configs if one not in seen]
+        compile_all(fresh, shape, tokens, dtype)
+        for config in fresh:
+            times = measure(config, REPLAYS)
+            seen[config] = sum(times.values())
+            if log is not None:
+                log(key, config, times)
+        return min(seen, key=lambda one: seen[one], default=None)
+
+    best = judge(cuts(shape, tokens, dtype.itemsize, units))
+    if best is None:
+        return None
+    best = judge(streams(best, shape, tokens, dtype.itemsize))
+    assert best is not None
+    # Once more for those close to the best: the first look is a short one.
+    close = [one for one in seen if seen[one] <= 1.02 * seen[best]][:6]
+    for config in close:
+        seen[config] = sum(measure(config, 3 * REPLAYS).values())
+    best = min(close, key=lambda one: seen[one])
+    dense = trial.dense().time(3 * REPLAYS).p50
+    mean = seen[best] / len(sparsities)
+    note(f"{key}: {mean:.1f} us, dense {dense:.1f} us, {best}")
+    return best if mean < dense else None

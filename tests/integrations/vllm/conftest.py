@@ -1,0 +1,99 @@
+"""What the tests with an engine share: SmolLM2-135M-Instruct's real weights, and its plans."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import wina
+from tests.helpers import english
+from tests.integrations.vllm.engine import generate
+from wina.integrations.vllm.serve import overrides
+from wina.models import LoadedModel, identify
+from wina.plan import Plan, shipped_plan
+
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here: make test-vllm"
+)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model, with its folders: dense, of a plan at 50 %, of one that drops nothing, sparse."""
+
+    loaded: LoadedModel
+    model: Path
+    plan: Path
+    nothing: Path
+    sparse: Path
+
+
+def _nothing(plan: Plan) -> Plan:
+    linears = {x: y.model_copy(update={"bias": False}) for x, y in plan.document.linears.items()}
+    return replace(
+        plan,
+        document=plan.document.model_copy(update={"linears": linears}),
+        vectors={name: torch.zeros_like(vector) for name, vector in plan.vectors.items()},
+        biases={},
+    )
+
+
+@pytest.fixture(scope="session")
+def served(demo: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The embedded model in float32, in folders; ``loaded`` is sparse at 50 %."""
+    folder = tmp_path_factory.mktemp("served")
+    plan = shipped_plan(identify(demo.model, demo.name), 0.5)
+    plan.save(folder / "plan")
+    _nothing(plan).save(folder / "nothing")
+    for name in ("model", "sparse"):
+        demo.model.save_pretrained(folder / name)
+        demo.tokenizer.save_pretrained(folder / name)
+        if name == "model":
+            wina.sparsify(demo.model, plan)
+    yield Served(demo, *(folder / name for name in ("model", "plan", "nothing", "sparse")))
+    wina.densify(demo.model)
+
+
+QUESTIONS = [f"Tell me {number} facts about the sea." for number in range(2, 14)]
+
+
+def with_plan(plan: Path) -> dict[str, Any]:
+    """Return vLLM's options for a plan."""
+    return {"quantization": "wina", "hf_overrides": overrides(str(plan))}
+
+
+@pytest.fixture(scope="session")
+def half(served: Served, prompts: list[list[int]], chats: list[list[int]]) -> dict[str, Any]:
+    """What the engine writes in float32 at 50 %, 16 requests at once and then one by one."""
+    asked = [*prompts, *chats]
+    options = {"dtype": "float32", "max_num_seqs": 16, "enable_prefix_caching": False}
+    batches = (len(asked), 1)
+    return generate(served.model, asked, batches=batches, **options, **with_plan(served.plan))
+
+
+@pytest.fixture(scope="session")
+def chats(served: Served) -> list[list[int]]:
+    """The QUESTIONS as a chat's prompts, in ids."""
+    tokenizer = served.loaded.tokenizer
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        )
+        for question in QUESTIONS
+    ]
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+@pytest.fixture(scope="session")
+def prompts(served: Served) -> list[list[int]]:
+    """64 prompts of 8 to 71 tokens."""
+    text = english(40_000)
+    ids = served.loaded.tokenizer(text, truncation=False)["input_ids"]
+    starts = range(0, 64 * 80, 80)
+    return [ids[start : start + 8 + index] for index, start in enumerate(starts)]

@@ -1,0 +1,129 @@
+"""Runs vLLM in a process of its own: reads one JSON request on stdin, writes one JSON reply.
+
+vLLM keeps state for the life of a process, so each engine of a test gets a fresh one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+MARK = "REPLY "
+PAUSE = 600  # seconds for one engine, compilation included
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return the environment of an engine on two shared CPU cores."""
+    own = {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # starts in half the time; the server has its own
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions to the workers, for `masks`
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return {**os.environ, **own, **more}
+
+
+def generate(
+    model: Path | str,
+    prompts: list[list[int]],
+    *,
+    tokens: int = 64,
+    batches: Sequence[int] = (),
+    env: dict[str, str] | None = None,
+    masks: bool = False,
+    statistics: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Return the greedy continuations of prompts (token ids) by an engine of its own.
+
+    Args:
+        model: folder.
+        prompts: of token ids.
+        tokens: to write after each prompt.
+        batches: prompts given to the engine at once, in a round for each number; empty for one
+            round with all of them.
+        env: for the engine's processes.
+        masks: return the channels that each layer keeps of a fixed input, too.
+        statistics: return the number of preemptions, too.
+        options: of ``vllm.LLM``.
+    """
+    request = {
+        "options": {"model": str(model), "max_model_len": 512, **options},
+        "prompts": prompts,
+        "tokens": tokens,
+        "batches": list(batches) or [len(prompts)],
+        "masks": masks,
+        "statistics": statistics,
+    }
+    found = subprocess.run(
+        [sys.executable, __file__],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        timeout=PAUSE,
+        check=False,
+        env=environment(**(env or {})),
+    )
+    replies = [line for line in found.stdout.splitlines() if line.startswith(MARK)]
+    if not replies:
+        raise RuntimeError(f"the engine ended with {found.returncode}:\n{found.stderr[-6000:]}")
+    reply: dict[str, Any] = json.loads(replies[-1].removeprefix(MARK))
+    return reply
+
+
+def kept_channels(worker: Any) -> dict[str, list[Any]]:
+    """Return, for each sparse layer of one rank, what it keeps of an input that all ranks share.
+
+    For each projection: the indices, counted over all ranks' inputs.
+    """
+    import torch
+
+    found = {}
+    for name, layer in worker.get_model().named_modules():
+        thresholds = getattr(layer, "thresholds", None)
+        if thresholds is None:
+            continue
+        generator = torch.Generator().manual_seed(len(name))
+        x = torch.randn(layer.input_size, generator=generator)
+        held = thresholds.shape[1]
+        first = 0 if held == layer.input_size else layer.tp_rank * held
+        kept = ~(x[first : first + held].abs() < thresholds)
+        found[name] = [(first + row.nonzero()[:, 0]).tolist() for row in kept]
+    return found
+
+
+def main() -> None:
+    """Serve the request on stdin."""
+    request = json.loads(sys.stdin.read())
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(seed=0, disable_log_stats=not request["statistics"], **request["options"])
+    sampling = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=True)
+    prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
+    rounds: list[list[list[int]]] = []
+    for batch in request["batches"]:
+        answers = [
+            answer
+            for start in range(0, len(prompts), batch)
+            for answer in llm.generate(prompts[start : start + batch], sampling, use_tqdm=False)
+        ]
+        rounds.append([list(answer.outputs[0].token_ids) for answer in answers])
+    reply: dict[str, Any] = {"tokens": rounds[0], "rounds": rounds}
+    if request["masks"]:
+        reply["masks"] = llm.collective_rpc(kept_channels)
+    if request["statistics"]:
+        named = {metric.name: metric for metric in llm.get_metrics()}
+        reply["preemptions"] = named["vllm:num_preemptions"].value
+    print(MARK + json.dumps(reply), flush=True)
+
+
+if __name__ == "__main__":
+    main()

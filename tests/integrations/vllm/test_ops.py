@@ -1,0 +1,153 @@
+"""The operator of fused, partly sparse layers, without vLLM."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from wina.errors import UsageError
+from wina.integrations.vllm import ops, packed
+from wina.integrations.vllm.rows import BATCH
+from wina.kernels import reference
+from wina.kernels.cpu.library import input_major
+
+SIZES = [12, 4, 8]
+
+
+def case(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    torch.manual_seed(rows)
+    x = torch.randn(rows, 16).to(dtype)
+    weight = input_major((torch.randn(sum(SIZES), 16) / 4).to(dtype))
+    thresholds = torch.rand(len(SIZES), 16) * 1.5
+    bias, extra = (torch.randn(sum(SIZES)).to(dtype) for _ in range(2))
+    return x, weight, thresholds, bias, extra
+
+
+def start(*sparse: bool) -> None:
+    """Let the running batch have these rows, each of a request of its own."""
+    first = np.array([5 if flag else 0 for flag in sparse])
+    BATCH.prefill = "dense"
+    BATCH.start(first, np.ones_like(first), np.full_like(first, 5))
+
+
+def expected(x: Tensor, weight: Tensor, thresholds: Tensor, *biases: Tensor | None) -> Tensor:
+    """Return all rows sparse, then all dense, stacked."""
+    own, extra = biases
+    both = None if own is None and extra is None else sum(b for b in biases if b is not None)
+    parts = zip(weight.split(SIZES), thresholds, strict=True)
+    sparse = torch.cat([reference.drop(x, t) @ w.t() for w, t in parts], -1)
+    dense = x @ weight.t()
+    return torch.stack(
+        [sparse if both is None else sparse + both, dense if own is None else dense + own]
+    )
+
+
+@pytest.mark.parametrize("biased", [(0, 0), (1, 0), (0, 1), (1, 1)])
+@pytest.mark.parametrize(
+    "rows", ["s", "d", "sd", "dds", "sss", "ddd", "sdsdsdsdsd" * 3, "d" * 40, "s" * 40]
+)
+def test_each_row_by_itself(rows: str, biased: tuple[int, int]) -> None:
+    x, weight, thresholds, bias, extra = case(len(rows))
+    own, other = (b if use else None for b, use in zip((bias, extra), biased, strict=True))
+    flags = [row == "s" for row in rows]
+    start(*flags)
+    found = ops.batch_linear(x, weight, thresholds, SIZES, own, other)
+    sparse, dense = expected(x, weight, thresholds, own, other)
+    assert_close(found, torch.where(torch.tensor(flags)[:, None], sparse, dense))
+
+
+@pytest.mark.parametrize("rows", ["d" * 20, "s" * 20, "ds" * 20])
+def test_with_a_copy_for_dense_products(rows: str) -> None:
+    x, weight, thresholds, bias, extra = case(len(rows))
+    seen = []
+
+    def product(x: Tensor, part: Tensor) -> Tensor:
+        seen.append(len(x))
+        return x @ part.t()
+
+    parts = [partial(product, part=part) for part in weight.split(SIZES)]
+    packed.remember(weight, parts)
+    flags = [row == "s" for row in rows]
+    start(*flags)
+    found = ops.batch_linear(x, weight, thresholds, SIZES, bias, extra)
+    sparse, dense = expected(x, weight, thresholds, bias, extra)
+    packed._products.clear()
+    assert_close(found, torch.where(torch.tensor(flags)[:, None], sparse, dense))
+    assert len(seen) == len(SIZES) * len(set(rows))
+
+
+def test_the_option_for_the_copy() -> None:
+    assert packed.wanted({"wina": {"dense_copy": True}, "other": 1})
+    assert not packed.wanted({"wina": {}})
+    assert not packed.wanted({})
+    with pytest.raises(UsageError, match="takes dense_copy"):
+        packed.wanted({"wina": {"copy": True}})
+
+
+def test_padding_is_computed_too() -> None:
+    x, weight, thresholds, _, _ = case(5)
+    start(False, True)
+    found = ops.batch_linear(x, weight, thresholds, SIZES, None, None)
+    sparse, dense = expected(x, weight, thresholds, None, None)
+    assert_close(found, torch.cat((dense[:1], sparse[1:])))
+
+
+def test_one_projection() -> None:
+    x, weight, thresholds, _, _ = case(3)
+    start(True, False, True)
+    found = ops.batch_linear(x, weight, thresholds[:1], [sum(SIZES)], None, None)
+    masked = reference.drop(x, thresholds[0])
+    masked[1] = x[1]
+    assert_close(found, masked @ weight.t())
+
+
+@pytest.mark.parametrize("rows", ["s", "sd", "sdsd", "s" * 12])
+def test_a_row_has_the_same_bits_in_any_batch(rows: str) -> None:
+    x, weight, thresholds, bias, extra = case(len(rows))
+    start(*(row == "s" for row in rows))
+    together = ops.batch_linear(x, weight, thresholds, SIZES, bias, extra)
+    for place, row in enumerate(rows):
+        if row == "s":
+            start(True)
+            alone = ops.batch_linear(x[place][None], weight, thresholds, SIZES, bias, extra)
+            assert torch.equal(alone[0], together[place])
+
+
+def test_opaque_to_compile() -> None:
+    x, weight, thresholds, bias, extra = case(4)
+    compiled = torch.compile(
+        lambda x: ops.batch_linear(x, weight, thresholds, SIZES, bias, extra) * 2,
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    for rows in ((True, True, True, True), (False, True, False, True)):
+        start(*rows)
+        wanted = ops.batch_linear(x, weight, thresholds, SIZES, bias, extra) * 2
+        assert torch.equal(compiled(x), wanted)
+
+
+def test_fake_and_schema() -> None:
+    x, weight, thresholds, bias, extra = case(4)
+    start(True, False, True, True)
+    arguments = (x, weight, thresholds, SIZES, [bias], [extra])
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.wina.batch_linear.default, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("count", [3, 20])
+def test_what_a_graph_on_a_gpu_computes(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path that looks up the rows on the device, here with the CPU's kernels."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    x, weight, thresholds, bias, extra = case(count)
+    BATCH.prepare(x.device)
+    rows = [place % 3 != 1 for place in range(count)]
+    start(*rows)
+    found = ops._on_cuda(x, weight, thresholds, SIZES, [bias], [extra])
+    sparse, dense = expected(x, weight, thresholds, bias, extra)
+    assert_close(found, torch.where(torch.tensor(rows)[:, None], sparse, dense))
