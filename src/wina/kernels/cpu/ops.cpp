@@ -11,6 +11,7 @@
 #endif
 
 #include "kernels.h"
+#include "quantized.h"
 #include "torch_abi.h"
 
 namespace wina {
@@ -810,6 +811,8 @@ static void call_most_likely(Value* stack, uint64_t, uint64_t) {
   stack[0] = result.release();
 }
 
+#include "quantized_ops.h"
+
 static std::vector<const Kernels*> instruction_sets() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
@@ -861,7 +864,8 @@ WINA_EXPORT const char* wina_register(void* (*find)(const char*)) {
       torch.torch_library_impl(library, "decode_attention", call_decode_attention, abi_version) ||
       torch.torch_library_impl(library, "add_block", call_add_block, abi_version) ||
       torch.torch_library_impl(library, "decode_blocks", call_decode_blocks, abi_version) ||
-      torch.torch_library_impl(library, "most_likely", call_most_likely, abi_version))
+      torch.torch_library_impl(library, "most_likely", call_most_likely, abi_version) ||
+      register_quantized(library))
     return "torch refused the operators";
   return nullptr;
 }
