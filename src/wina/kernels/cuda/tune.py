@@ -193,7 +193,7 @@ def cuts(shape: Shape, tokens: int, size: int, units: int) -> list[rows.Config]:
 
 def streams(config: rows.Config, shape: Shape, tokens: int, size: int) -> list[rows.Config]:
     """Return ways to keep rows under way, and hints, for one way to cut."""
-    kinds = [(1, 3), (1, 4), (1, 6), (1, 8), (0, 4), (0, 6), (0, 8)]
+    kinds = [(1, 4), (1, 6), (1, 8), (0, 4), (0, 8)]
     kinds += [(2, 4), (2, 6), (2, 8)] if shape.gated else []  # elsewhere they never came first
     found = [replace(config, loads=loads, unroll=unroll) for loads, unroll in kinds]
     if config.cluster > 1 and rows.gates_whole(config, shape.inputs, tokens, size):
