@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.helpers import make_config, make_plan, prompt
 from tests.kernels.test_sparse_linear import INSTRUCTION_SETS, compiled, threads
 from torch import Tensor
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
 import wina
+from wina.generation import Decoder, decoder
 from wina.generation.decoder import record
-from wina.kernels import QuantizedWeight, pack, quantized, quantized_linear, reference, use_backend
+from wina.kernels import (
+    QuantizedWeight,
+    blocks,
+    pack,
+    quantized,
+    quantized_linear,
+    reference,
+    use_backend,
+)
 from wina.kernels.cpu import use_instruction_set
 from wina.kernels.quantized import dequantize, unpack
+from wina.layers import lay_out_for_decode, sparsify
+from wina.models.quantize import Scheme, quantize
 
 OPS = torch.ops.wina
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -240,7 +254,6 @@ def test_a_compiled_step_fuses_them(monkeypatch: pytest.MonkeyPatch) -> None:
         step()
         wanted = y.clone()
         seen: list[str] = []
-        from wina.generation import decoder
 
         def noting(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
             found = fuse(graph)
@@ -315,3 +328,35 @@ def test_bad_arguments_are_refused() -> None:
         OPS.quantized_linear(x, list(weight), none, [torch.zeros(3)])
     with pytest.raises(RuntimeError, match="float64"):
         OPS.quantized_linear(x.double(), list(weight), none, [])
+
+
+@compiled
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_a_quantized_models_blocks_run_in_one_call(
+    monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    config = make_config("llama")
+    config.hidden_size, config.intermediate_size, config.head_dim = 64, 96, 16
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    quantize(model, Scheme.parse(scheme))
+    sparsify(model, make_plan(model, 0.4, bias=True))
+    lay_out_for_decode(model)
+    wanted, found = Decoder(model, 30), Decoder(model, 30, mode="compiled")
+    numbers: list[int] = []
+
+    def spy(*arguments: Any) -> Any:
+        result = blocks.run_blocks(*arguments)
+        numbers.extend(result[2])
+        return result
+
+    monkeypatch.setattr(decoder, "run_blocks", spy)
+    for one in (wanted, found):
+        one.prefill(prompt(9))
+    for _ in range(4):
+        for one in (wanted, found):
+            one.step()
+        torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-4, atol=1e-4)
+    assert found.mode == "compiled"
+    assert len(numbers) == 1

@@ -2,6 +2,7 @@
 
 import html
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,14 @@ def test_plans_that_cannot_be_reported(loaded: LoadedModel) -> None:
         report_of(loaded, [])
     with pytest.raises(UsageError, match="threshold"):
         report_of(loaded, [make_plan(loaded.model, 1.0, keep=0.5)])
+    plan = make_plan(loaded.model, 0.2)
+    name = next(iter(plan.vectors))
+    linears = {key: x for key, x in plan.document.linears.items() if key != name}
+    document = plan.document.model_copy(update={"linears": linears})
+    vectors = {key: x for key, x in plan.vectors.items() if key != name}
+    fewer = replace(plan, document=document, vectors=vectors)
+    with pytest.raises(UsageError, match="same linears"):
+        report_of(loaded, [plan, fewer])
 
 
 def test_bad_requests_are_refused_before_any_work(qwen3: Path, tmp_path: Path, cli: Cli) -> None:

@@ -88,7 +88,9 @@ def multiply(module: nn.Module, x: Tensor, vector: Tensor, bias: Tensor | None) 
     weight = packed(module) if is_few(x) else None
     if weight is None:
         return None
-    return quantized_linear(x, weight, vector, None if bias is None else bias.to(x.dtype))
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    return quantized_linear(x, weight, vector, bias)
 
 
 def is_few(x: Tensor) -> bool:

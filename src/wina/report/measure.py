@@ -139,6 +139,8 @@ def make_report(
         raise UsageError("a report needs at least one sparsity above 0")
     if any(plan.document.selection != "threshold" for plan in plans):
         raise UsageError("a report is of plans that kernels run: their selection is threshold")
+    if any(plan.document.linears.keys() != plans[0].document.linears.keys() for plan in plans):
+        raise UsageError("the plans of a report are for the same linears of one model")
     order = sorted(range(len(plans)), key=lambda i: plans[i].document.target_sparsity)
     plans, said = [plans[i] for i in order], [said[i] for i in order]
     model = loaded.model
@@ -190,6 +192,8 @@ def make_report(
             notes.append("Speed was not measured.")
         elif foreign := read_by_others(model):
             notes.append(f"Speed was not measured: another library keeps {foreign[0]} and others.")
+        elif any(plan.parts for plan in plans):
+            notes.append("Speed was not measured: plans with more than thresholds share no layout.")
         else:
             speed = kept(work / "speed.json", BenchReport, lambda: _speed(loaded, plans, settings))
             operators = kept(

@@ -236,6 +236,31 @@ static Tensor quantized_gated_mlp(Tensor x, const std::vector<Tensor>& weights,
   return result;
 }
 
+// Whether weights are quantized, three tensors each; their outputs; and what computes with either.
+static bool is_quantized(const std::vector<Tensor>& weights, size_t count) {
+  return weights.size() == 3 * count;
+}
+static int64_t outputs_of(const std::vector<Tensor>& weights, size_t count, size_t i) {
+  return is_quantized(weights, count) ? weights[3 * i + 1].size(1) : weights[i].size(0);
+}
+static std::vector<Tensor> linears_of(Tensor x, const std::vector<Tensor>& weights,
+                                      const std::vector<Tensor>& thresholds,
+                                      const std::vector<Tensor>& biases) {
+  if (is_quantized(weights, thresholds.size()))
+    return quantized_linears(std::move(x), weights, thresholds, biases);
+  return sparse_linears(std::move(x), weights, thresholds, biases);
+}
+static Tensor gated_mlp_of(Tensor x, const std::vector<Tensor>& weights,
+                           const std::vector<Tensor>& thresholds, Activation activation,
+                           const std::vector<Tensor>& biases) {
+  if (is_quantized(weights, 3))
+    return quantized_gated_mlp(std::move(x), weights, thresholds, activation, biases);
+  return sparse_gated_mlp(std::move(x), weights, thresholds, activation, biases);
+}
+
+static std::vector<Tensor> take_each(Value* stack, int begin, int end);
+static Tensor take_normed(Value x, Value norm, Value epsilon);
+
 static void call_quantized_linear(Value* stack, uint64_t, uint64_t) {
   Tensor x = take_tensor(stack[0]);
   std::vector<Tensor> weights = take_tensors(stack[1]), thresholds = take_each(stack, 2, 3);
@@ -250,7 +275,7 @@ static void call_quantized_linears(Value* stack, uint64_t, uint64_t) {
   std::vector<Tensor> results = quantized_linears(std::move(x), weights, thresholds, biases);
   if (!residual.empty()) {
     check(!results.empty(), "a residual is added to the first of the projections");
-    add_residual(results[0], std::move(residual[0]));
+    add_residual(results[0], contiguous(std::move(residual[0])));
   }
   stack[0] = give_tensors(std::move(results));
 }
@@ -262,7 +287,7 @@ static void call_quantized_gated_mlp(Value* stack, uint64_t, uint64_t) {
   Tensor x = take_normed(stack[0], stack[1], stack[2]);
   Tensor result = quantized_gated_mlp(std::move(x), weights, thresholds,
                                       activation_named(activation), biases);
-  if (!residual.empty()) add_residual(result, std::move(residual[0]));
+  if (!residual.empty()) add_residual(result, contiguous(std::move(residual[0])));
   stack[0] = result.release();
 }
 
