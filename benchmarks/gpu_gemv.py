@@ -27,7 +27,7 @@ from torch.nn import functional
 from wina.kernels import available_backends, reference, use_backend
 from wina.kernels.cuda.rows import TOKENS, Config
 from wina.kernels.cuda.table import device_kind, remember
-from wina.kernels.cuda.tune import CACHES, Replay, Shape, level_of, tune
+from wina.kernels.cuda.tune import CACHES, Replay, Shape, level_of, step_shapes, tune
 
 # hidden, intermediate, query and key-value features
 MODELS = {
@@ -95,16 +95,10 @@ def operations(model: str) -> list[Op]:
 
 
 def shapes(model: str) -> list[Shape]:
-    """Return the launches of a decode step."""
+    """Return the launches of a decode step, and up and q-k-v alone."""
     hidden, wide, heads, narrow = MODELS[model]
-    return [
-        Shape(hidden, (wide,), gated=True, normed=True),
-        Shape(wide, (hidden,), added=True),
-        Shape(hidden, (heads, narrow, narrow), normed=True),
-        Shape(heads, (hidden,), added=True),
-        Shape(hidden, (wide,)),
-        Shape(hidden, (heads + 2 * narrow,)),
-    ]
+    alone = [Shape(hidden, (wide,)), Shape(hidden, (heads + 2 * narrow,))]
+    return step_shapes(hidden, wide, heads, narrow) + alone
 
 
 class Bench:

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from tests.helpers import Cli
+from wina.bench import CONFIGS
 from wina.kernels.cuda import rows, table, tune
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/gpu_gemv.py"
@@ -132,6 +134,57 @@ def test_tuning_writes_its_table(
         assert table.config_for(torch.empty(1, 96).bfloat16(), (64,), gated=False) is None
     finally:
         table.forget()
+
+
+@pytest.mark.usefixtures("script")
+def test_autotune(
+    silent: list[dict[str, int]], cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("wina.cli.autotune.unavailable", lambda name: None)
+    arguments = ("autotune", "--config", "smollm2-135m", "--tokens", "1,2", "--json")
+    shapes = ["gated 576->1536", "1536->576", "576->576+192+192", "576->576"]
+    keys = {f"{shape} x{tokens} 16bit" for shape in shapes for tokens in (1, 2)}
+    kept = rows.Config(8, 16, cluster=2)
+    try:
+        table.remember("sm_90/4", {"1536->576 x1 16bit": kept})
+        done = cli(*arguments)
+        assert done.code == 0, done.err
+        found = json.loads(done.out)
+        assert found["device"] == "sm_90/4"
+        assert set(found["configurations"]) == keys
+        # What is known is not measured again; all else takes as long as the dense product.
+        known = found["configurations"].pop("1536->576 x1 16bit")
+        assert rows.Config(**known) == kept
+        assert set(found["configurations"].values()) == {None}
+        assert set(table.measured("sm_90/4")) == keys
+        tried = len(silent)
+        assert tried > 0
+        assert cli(*arguments).code == 0
+        assert len(silent) == tried
+        assert cli(*arguments, "--again").code == 0
+        assert len(silent) > tried
+    finally:
+        table.forget()
+    config = CONFIGS.get("llama-3-8b")
+    assert [shape.outputs for shape in tune.shapes_of(config)] == [
+        (14336,),
+        (4096,),
+        (4096, 1024, 1024),
+        (4096,),
+    ]
+
+
+def test_autotune_says_what_is_wrong(cli: Cli) -> None:
+    done = cli("autotune", "--config", "llama-3-9b")
+    assert done.code == 2
+    assert "llama-3-8b" in done.err
+    done = cli("autotune", "--config", "llama-3-8b", "--tokens", "3")
+    assert done.code == 2
+    assert "--tokens" in done.err
+    if not torch.cuda.is_available():
+        done = cli("autotune", "--config", "llama-3-8b")
+        assert done.code == 1
+        assert "CUDA" in done.err
 
 
 def test_wrong_arguments(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor import config as inductor_config
 from torch.fx import GraphModule
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -24,6 +25,15 @@ from wina.plan import Plan
 pytestmark = pytest.mark.gpu
 
 GPU = [name for name in ("cuda", "triton") if name in available_backends()]
+
+
+@pytest.fixture(autouse=True)
+def _compile_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile in this process: the few kernels of these models don't need inductor's workers.
+
+    With them, pytest-xdist's processes were seen to hang at their end, waiting for them to go.
+    """
+    monkeypatch.setattr(inductor_config, "compile_threads", 1)
 
 
 @pytest.fixture(params=GPU)

@@ -13,6 +13,7 @@ import typer
 from transformers.utils import logging as transformers_logging
 
 from wina.cli import (
+    autotune,
     bench,
     calibrate,
     chat,
@@ -49,6 +50,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("report")(report.report)
 app.command("compare")(compare.compare)
 app.command("bench")(bench.bench_command)
+app.command("autotune")(autotune.autotune)
 app.command("inspect")(inspect.inspect)
 app.command("cost")(cost.cost)
 app.command("reproduce")(reproduce.reproduce)

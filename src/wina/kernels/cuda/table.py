@@ -111,6 +111,12 @@ def remember(kind: str, found: Mapping[str, Config | None]) -> Path:
     return path
 
 
+def measured(kind: str) -> dict[str, Config | None]:
+    """Return the tables' entries for a kind of device."""
+    entries = _known().get(kind, {})
+    return {key: None if one is None else Config(**one) for key, one in entries.items()}
+
+
 def forget() -> None:
     """Read the tables anew at the next call."""
     _known.cache_clear()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from wina.errors import UsageError
 from wina.kernels.cuda import rows
 from wina.kernels.cuda.compile import compiled, mapping
-from wina.kernels.cuda.table import MOST_SHARED, rule, shape_key
+from wina.kernels.cuda.table import MOST_SHARED, device_kind, measured, remember, rule, shape_key
 from wina.progress import note
 
 DEVICE = torch.device("cuda")
@@ -57,6 +58,43 @@ class Shape:
     def key(self, tokens: int, dtype: torch.dtype) -> str:
         """Return the shape's name in the table."""
         return shape_key(self.inputs, self.outputs, self.gated, tokens, dtype.itemsize)
+
+
+def step_shapes(hidden: int, wide: int, heads: int, narrow: int) -> list[Shape]:
+    """Return the launches of one layer of a decode step.
+
+    Args:
+        hidden: features of the residual stream.
+        wide: features between gate, up and down.
+        heads: features of all queries.
+        narrow: features of all keys.
+    """
+    return [
+        Shape(hidden, (wide,), gated=True, normed=True),
+        Shape(wide, (hidden,), added=True),
+        Shape(hidden, (heads, narrow, narrow), normed=True),
+        Shape(heads, (hidden,), added=True),
+    ]
+
+
+def shapes_of(config: Any) -> list[Shape]:
+    """Return the launches of one layer of a decode step of a Transformers config.
+
+    Raises:
+        UsageError: the model is not one of dense layers with separate q, k, v, gate and up.
+    """
+    config = config.get_text_config()
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    sizes: list[Any] = [getattr(config, name, None) for name in names]
+    experts = [getattr(config, name, None) for name in ("num_experts", "num_local_experts")]
+    if not all(isinstance(size, int) for size in sizes) or any(experts):
+        raise UsageError(
+            f"no launches are known for a model of type {config.model_type!r}: it has not one "
+            f"{', '.join(names)} for all layers, or has experts. Untuned, the built-in rule serves."
+        )
+    hidden, wide, heads, shared = sizes
+    size = getattr(config, "head_dim", None) or hidden // heads
+    return step_shapes(hidden, wide, heads * size, shared * size)
 
 
 @dataclass(frozen=True)
@@ -279,3 +317,30 @@ def tune(
     mean = seen[best] / len(sparsities)
     note(f"{key}: {mean:.1f} us, dense {dense:.1f} us, {best}")
     return best if mean < dense else None
+
+
+def extend(
+    shapes: Iterable[Shape], tokens: Sequence[int], dtype: torch.dtype, *, again: bool = False
+) -> Mapping[str, rows.Config | None]:
+    """Tune what the tables lack; each result is kept at once, so an interrupted run goes on.
+
+    Args:
+        shapes: of the launches.
+        tokens: rows of x, each one of ``rows.TOKENS``.
+        dtype: of x and the weights.
+        again: tune what the tables have, too.
+
+    Returns:
+        By the shape's name, also what the tables had; None where a dense product is no slower.
+    """
+    kind = device_kind(0)
+    known = measured(kind)
+    found: dict[str, rows.Config | None] = {}
+    for shape, number in itertools.product(shapes, tokens):
+        key = shape.key(number, dtype)
+        if key in known and not again:
+            found[key] = known[key]
+        elif key not in found:
+            found[key] = tune(shape, number, dtype)
+            remember(kind, {key: found[key]})
+    return found

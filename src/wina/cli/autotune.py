@@ -1,0 +1,73 @@
+"""`wina autotune`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from wina.bench import CONFIGS
+from wina.cli import options
+from wina.errors import UsageError, WinaError
+from wina.kernels.backends import unavailable
+from wina.kernels.cuda.rows import TOKENS
+from wina.kernels.cuda.table import device_kind
+from wina.kernels.cuda.tune import extend, shapes_of
+from wina.models.loading import DTYPES, load_config
+
+
+def autotune(
+    model: options.Model = None,
+    config: Annotated[
+        str | None, typer.Option(help="A known shape instead of a model: llama-3.2-1b, ...")
+    ] = None,
+    tokens: Annotated[
+        str, typer.Option(help=f"Rows decoded together, of {', '.join(map(str, TOKENS))}.")
+    ] = "1",
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights; float16 and bfloat16 share what is found.")
+    ] = "bfloat16",
+    again: Annotated[bool, typer.Option("--again", help="Also what is known already.")] = False,
+    revision: options.Revision = None,
+    as_json: options.Json = False,
+) -> None:
+    """Measure which configurations of the CUDA kernels serve a model's shapes best on this GPU.
+
+    What is found is kept in the cache folder and used from then on; shapes that nobody measured
+    are served by a rule. Only the config is read, no weights. Nothing else should run on the GPU.
+    An interrupted run goes on where it was.
+
+    Examples:
+        wina autotune HuggingFaceTB/SmolLM2-360M-Instruct
+
+        wina autotune --config qwen2.5-7b --tokens 1,2,4 --json
+    """
+    if model is not None and config is not None:
+        raise UsageError("give a model or --config, not both")
+    if dtype not in DTYPES:
+        raise UsageError(f"unsupported dtype {dtype!r}; known: {', '.join(DTYPES)}")
+    rows = options.numbers(tokens, "--tokens", int)
+    if unknown := [number for number in rows if number not in TOKENS]:
+        raise UsageError(f"--tokens must be of {TOKENS}; got {unknown}")
+    known = CONFIGS.get(config) if config is not None else load_config(model, revision)
+    shapes = shapes_of(known)
+    if reason := unavailable("cuda"):
+        raise WinaError(f"autotune measures the CUDA kernels, which cannot run here: {reason}")
+    found = extend(shapes, rows, DTYPES[dtype], again=again)
+    kind = device_kind(0)
+    if as_json:
+        entries = {key: None if one is None else asdict(one) for key, one in found.items()}
+        options.print_json({"device": kind, "dtype": dtype, "configurations": entries})
+        return
+    table = Table("launch", "configuration", title=kind)
+    for key, one in found.items():
+        chosen = (
+            "dense is faster"
+            if one is None
+            else ", ".join(f"{k} {v}" for k, v in asdict(one).items())
+        )
+        table.add_row(key, chosen)
+    Console().print(table)
