@@ -17,7 +17,14 @@ from setuptools.command.build_ext import build_ext
 FOLDER = Path("src/wina/kernels/cpu")
 LIBRARY = "wina.kernels.cpu.libwina_cpu"
 # No -march: each instruction set has its own file and is chosen when the library is loaded.
-FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+]
 
 
 class BuildLibrary(build_ext):

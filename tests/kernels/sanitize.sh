@@ -13,5 +13,5 @@ g++ -std=c++17 -O1 -g -fPIC -shared -fvisibility=hidden -Wno-psabi \
 WINA_CPU_LIBRARY=$folder/libwina_cpu.so \
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" \
 PYTHONPATH=src ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1 \
-    "$python" -m pytest -q -p no:cacheprovider tests/kernels -k "not compiled_in_one_graph"
+    "$python" -m pytest -q -p no:cacheprovider tests/kernels -k "not compiled_in_one_graph and not when_compiled"
 echo "sanitizers: clean"

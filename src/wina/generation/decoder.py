@@ -25,11 +25,12 @@ from wina.generation.attention import decoding_attention
 from wina.generation.sampling import Sampling, draw
 from wina.kernels.blocks import release, run_blocks
 from wina.kernels.fusion import fuse
-from wina.layers import phase_of
+from wina.layers import measure_batches, phase_of
 from wina.progress import note
 
 Mode = Literal["auto", "eager", "compiled"]
 KNOWN = (DynamicLayer, DynamicSlidingWindowLayer)  # layers of a cache that a static one replaces
+FEW = 4  # rows for which skipping always pays
 ROUND = 256  # capacities are multiples of it, so that few sizes are compiled
 
 
@@ -89,6 +90,8 @@ class Decoder:
         self._graph: Any = None
         self._steps = 0
         self.reseed(self.sampling.seed)
+        if batch > FEW:
+            measure_batches(model)
 
     def reseed(self, seed: int) -> None:
         """Start the draws anew."""

@@ -108,18 +108,22 @@ def _rows(module: GraphModule) -> list[list[_Block]]:
         block = _block(node)
         if block is None:
             continue
-        before = rows[-1][-1] if rows else None
-        if before is not None and before.last is block.x and before.shared == block.shared:
-            if set(before.last.users) <= block.members:
-                rows[-1].append(block)
-                continue
-        rows.append([block])
+        if rows and _follows(block, rows[-1][-1]):
+            rows[-1].append(block)
+        else:
+            rows.append([block])
     return [row for row in rows if _alone(row)]
+
+
+def _follows(block: _Block, before: _Block) -> bool:
+    """Return whether a block reads the one before it, which nothing else does."""
+    same = before.last is block.x and before.shared == block.shared
+    return same and set(before.last.users) <= block.members
 
 
 def _alone(row: list[_Block]) -> bool:
     """Return whether nothing else reads what lies inside a row, nor its lengths after it."""
-    members = set().union(*(block.members for block in row))
+    members = {node for block in row for node in block.members}
     inner = members - {row[-1].last}
     if any(user not in members for node in inner for user in node.users):
         return False
@@ -154,7 +158,7 @@ def _run(module: GraphModule, row: list[_Block], known: dict[Any, Any]) -> int:
         call = graph.call_function(OPS.decode_blocks, (row[0].x, *row[0].shared, number))
     call.meta = dict(last.meta)
     last.replace_all_uses_with(call)
-    members = set().union(*(block.members for block in row))
+    members = {node for block in row for node in block.members}
     for node in reversed(list(graph.nodes)):
         if node in members:
             graph.erase_node(node)
@@ -175,7 +179,7 @@ def _is_fixed(node: Any, members: set[Any], dtype: torch.dtype) -> bool:
     if node.op == "placeholder":
         return True
     if node.target in ADD and not node.kwargs:
-        fixed = all(isinstance(x, Node) and x.op == "placeholder" for x in node.args)
+        fixed = all(_is_node(x) and x.op == "placeholder" for x in node.args)
     else:
         fixed = node.target == "new_empty" and tuple(node.args[1:]) == (0,)
         node.meta["dtype"] = dtype
@@ -191,7 +195,7 @@ def _block(qkv: Any) -> _Block | None:
     if qkv.target not in LINEARS or len(qkv.args[4]) != 3:
         return None
     x, norm, epsilon, weights, thresholds, biases, residual = qkv.args
-    like = x.meta.get("example_value") if isinstance(x, Node) else None
+    like = x.meta.get("example_value") if _is_node(x) else None
     if len(norm) != 1 or residual or like is None or like.dtype not in DTYPES:
         return None
     if like.ndim != 3 or like.shape[1] != 1:
@@ -262,7 +266,7 @@ def _rotated(x: Any, members: set[Any]) -> tuple[Any, Any, Any] | None:
     if total is None or total.target not in ADD or total.args[0] is not straight[0]:
         return None
     crossed = total.args[1]
-    if not isinstance(crossed, Node) or crossed.target not in MULTIPLY:
+    if not _is_node(crossed) or crossed.target not in MULTIPLY:
         return None
     swapped, sin = crossed.args
     cos = straight[0].args[1]
@@ -307,7 +311,7 @@ def _written(state: Any, members: set[Any]) -> tuple[Any, Any] | None:
         return None
     first, length = place.args
     one = _is_call(first, torch.arange) and first.args == (1,)
-    if not one or not isinstance(length, Node) or length.op != "placeholder":
+    if not one or not _is_node(length) or length.op != "placeholder":
         return None
     grown = [x for x in length.users if x.target == "add_" and x.args == (length, 1)]
     if len(grown) != 1 or grown[0].users:
@@ -334,8 +338,12 @@ def _mixed(attention: Any, members: set[Any]) -> Any:
     return _only_user(node)
 
 
+def _is_node(node: Any) -> bool:
+    return isinstance(node, Node)
+
+
 def _is_call(node: Any, *targets: Any) -> bool:
-    return isinstance(node, Node) and node.target in targets
+    return _is_node(node) and node.target in targets
 
 
 def _only_user(node: Any) -> Any:

@@ -1,7 +1,7 @@
 """Sparse layers: linears that skip the input channels which a plan's thresholds drop."""
 
 from wina.layers.experts import opened
-from wina.layers.layout import lay_out_for_decode
+from wina.layers.layout import lay_out_for_decode, measure_batches
 from wina.layers.linear import SparseConv1D, SparseLayer, SparseLinear, sparse_layers
 from wina.layers.masked import MaskedLayer
 from wina.layers.phase import Phase
@@ -20,6 +20,7 @@ __all__ = [
     "change_vectors",
     "densify",
     "lay_out_for_decode",
+    "measure_batches",
     "opened",
     "phase_of",
     "scoring",

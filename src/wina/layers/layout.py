@@ -7,9 +7,11 @@ memory once. Making the model dense again restores the usual layout.
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from wina.kernels import available_backends
+from wina.kernels.cpu import ensure_crossover
 from wina.kernels.cpu.library import Arena, input_major
 from wina.layers.experts import SparseExpertLinear, store_input_major
 from wina.layers.foreign import device_of
@@ -52,6 +54,23 @@ def lay_out_for_decode(model: nn.Module) -> None:
         return
     if type(head) is nn.Linear and head.weight.device.type == "cpu":
         head.__class__ = RowsLinear  # its weight stays as it is: it may be the embeddings' too
+
+
+def measure_batches(model: nn.Module) -> None:
+    """Find, once for this machine, up to which batch each shape of layer gains by skipping.
+
+    Only weights that ``lay_out_for_decode`` stored have the choice; a second or so a shape.
+    """
+    if "cpu" not in available_backends():
+        return
+    shapes: dict[torch.dtype, set[tuple[int, int]]] = {}
+    for _, layer in sparse_layers(model):
+        if layer.kernels and layer.active and layer.keep is None:
+            weight = matrix(layer)
+            if weight.device.type == "cpu" and weight.stride(0) == 1:
+                shapes.setdefault(weight.dtype, set()).add((weight.shape[1], weight.shape[0]))
+    for dtype, found in shapes.items():
+        ensure_crossover(sorted(found), dtype)
 
 
 def _store(layer: SparseLayer, arena: Arena) -> None:

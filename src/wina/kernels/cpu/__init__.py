@@ -3,7 +3,11 @@
 from functools import cache
 
 from wina.kernels.cpu import library
-from wina.kernels.cpu.crossover import load_crossover, measure_crossover
+from wina.kernels.cpu.crossover import (
+    ensure_crossover,
+    load_crossover,
+    measure_crossover,
+)
 from wina.kernels.cpu.library import (
     Arena,
     input_major,
@@ -15,6 +19,7 @@ from wina.kernels.cpu.library import (
 
 __all__ = [
     "Arena",
+    "ensure_crossover",
     "input_major",
     "instruction_set",
     "load",

@@ -1,8 +1,10 @@
 """Up to how many rows (tokens) skipping rows of W beats the dense kernel on the masked input.
 
-Without a measurement the compiled default holds: 32 rows, where the two meet for a weight stored
-input-major (docs/kernels.md). ``measure_crossover`` replaces it for this machine, thread count and
-shape; the result is kept in the cache folder and read when the backend is loaded.
+Without a measurement the compiled default holds: 8 rows where wina's blocked product computes the
+rest (bfloat16 with AVX-512's pair products), else 32, where the row kernel and torch's dense one
+meet on a weight stored input-major (docs/kernels.md). ``measure_crossover`` replaces it for this
+machine, thread count and shape; the result is kept in the cache folder and read when the backend is
+loaded. ``ensure_crossover`` measures what is not known yet, before a batch is decoded.
 """
 
 from __future__ import annotations
@@ -16,13 +18,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from wina.files import cached, write_text
-from wina.kernels import reference
 from wina.kernels.cpu.library import DTYPES, input_major, instruction_set, set_crossover
 
-ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+ROWS = (4, 8, 12, 16, 24, 32, 48, 64)
 _NEVER, _ALWAYS = 0, 1 << 40
 
 
@@ -43,15 +43,26 @@ def measure_crossover(
         repeats: timings of each row count; the median counts.
 
     Returns:
-        For each shape the largest row count of ``ROWS`` up to which skipping was no slower.
+        For each shape the largest row count of ``ROWS`` up to which skipping was no slower, at
+        least 1.
     """
     found = {}
     for inputs, outputs in dict.fromkeys(shapes):
-        set_crossover(dtype, inputs, outputs, _ALWAYS)
         found[inputs, outputs] = _measure(inputs, outputs, dtype, sparsity, repeats)
         set_crossover(dtype, inputs, outputs, found[inputs, outputs])
     _store(dtype, found)
     return found
+
+
+def ensure_crossover(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> None:
+    """Measure the shapes that no stored measurement of this machine and thread count has."""
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return
+    load_crossover()
+    known = _read(_path()).get(str(dtype).removeprefix("torch."), {})
+    missing = [one for one in dict.fromkeys(shapes) if f"{one[0]}x{one[1]}" not in known]
+    if missing:
+        measure_crossover(missing, dtype)
 
 
 def load_crossover() -> None:
@@ -65,28 +76,23 @@ def load_crossover() -> None:
 def _measure(inputs: int, outputs: int, dtype: torch.dtype, sparsity: float, repeats: int) -> int:
     weight = input_major(torch.randn(outputs, inputs).to(dtype))
     thresholds = torch.full((inputs,), sparsity)
-    best = _NEVER
+    best = 1
     for rows in ROWS:
         x = torch.rand(rows, inputs).to(dtype)
-        sparse, dense = [], []
+        times: dict[int, list[float]] = {_NEVER: [], _ALWAYS: []}
         for _ in range(repeats):
-            sparse.append(_seconds_sparse(x, weight, thresholds))
-            dense.append(_seconds_dense(x, weight, thresholds))
-        if sorted(sparse)[repeats // 2] > sorted(dense)[repeats // 2]:
+            for limit, seconds in times.items():
+                set_crossover(dtype, inputs, outputs, limit)
+                seconds.append(_seconds(x, weight, thresholds))
+        if sorted(times[_ALWAYS])[repeats // 2] > sorted(times[_NEVER])[repeats // 2]:
             break
         best = rows
     return best
 
 
-def _seconds_sparse(x: Tensor, weight: Tensor, thresholds: Tensor) -> float:
+def _seconds(x: Tensor, weight: Tensor, thresholds: Tensor) -> float:
     start = time.perf_counter()
     torch.ops.wina.sparse_linear(x, weight, thresholds, [])
-    return time.perf_counter() - start
-
-
-def _seconds_dense(x: Tensor, weight: Tensor, thresholds: Tensor) -> float:
-    start = time.perf_counter()
-    functional.linear(reference.drop(x, thresholds), weight)
     return time.perf_counter() - start
 
 

@@ -39,6 +39,12 @@ struct Projection {
 // Floats of a row that is laid out for `dots`.
 inline int64_t padded(int64_t in) { return (in + 31) / 32 * 32; }
 
+// Tokens that `multiply` takes at a time, and the room that it needs: bytes of a panel of W and of
+// x, and floats of sums for each token.
+constexpr int64_t product_tokens = 256;
+constexpr int64_t panel_bytes = (192 * (1024 + product_tokens) + 16 * 128) * 2;
+constexpr int64_t panel_sums = 1024 + 16;
+
 struct Kernels {
   const char* name;
   // Widen n values.
@@ -79,6 +85,11 @@ struct Kernels {
   int64_t (*largest)(Dtype, const void* values, int64_t n);
   // y = residual + y in the dtype, n values.
   void (*add)(Dtype, void* y, const void* residual, int64_t n);
+  // y[:, begin:end] = x (tokens, in; rows x_stride apart, in even) W + b in bfloat16, for up
+  // to product_tokens tokens; null where the instruction set has no such kernel. `sums` has room for tokens *
+  // panel_sums floats, `panel` for panel_bytes.
+  void (*multiply)(const Projection&, const void* x, int64_t x_stride, int64_t tokens,
+                   int64_t begin, int64_t end, float* sums, void* panel);
   // Read n bytes and do nothing with them: the bandwidth probe.
   uint32_t (*stream)(const void* data, int64_t n);
 };

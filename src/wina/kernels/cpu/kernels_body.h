@@ -290,11 +290,35 @@ WINA_TARGET static void widen(Dtype dtype, const void* x, float* wide, int64_t n
 
 WINA_INLINE bool below(float x, float threshold) { return std::fabs(x) < threshold; }
 
+// All ones in the lanes of values that stay.
+WINA_INLINE Ints kept(Floats value, const float* thresholds) {
+  Floats size = (Floats)((Words)value & 0x7fffffffu);
+  return ~(size < read<Floats>(thresholds));
+}
+WINA_INLINE void drop_lanes(const float* from, const float* thresholds, float* to) {
+  Words value = read<Words>(from);
+  write(to, value & (Words)kept((Floats)value, thresholds));
+}
+WINA_INLINE void drop_lanes(const Half* from, const float* thresholds, Half* to) {
+  Ints keep = kept(widen_half(from), thresholds);
+  write(to, read<Shorts>(from) & __builtin_convertvector((Words)keep, Shorts));
+}
+WINA_INLINE void drop_lanes(const Brain* from, const float* thresholds, Brain* to) {
+  Shorts bits = read<Shorts>(from);
+  Ints keep = kept((Floats)(__builtin_convertvector(bits, Words) << 16), thresholds);
+  write(to, bits & __builtin_convertvector((Words)keep, Shorts));
+}
+WINA_INLINE void drop_lanes(const double* from, const float* thresholds, double* to) {
+  for (int i = 0; i < lanes; ++i) to[i] = below(widen_one(from[i]), thresholds[i]) ? 0.0 : from[i];
+}
+
 template <class S>
 WINA_TARGET static void drop_all(const void* x, const float* thresholds, void* out, int64_t n) {
   const S* from = static_cast<const S*>(x);
   S* to = static_cast<S*>(out);
-  for (int64_t i = 0; i < n; ++i) to[i] = below(widen_one(from[i]), thresholds[i]) ? S{} : from[i];
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) drop_lanes(from + i, thresholds + i, to + i);
+  for (; i < n; ++i) to[i] = below(widen_one(from[i]), thresholds[i]) ? S{} : from[i];
 }
 
 WINA_TARGET static void drop(Dtype dtype, const void* x, const float* thresholds, void* out,
@@ -738,6 +762,11 @@ WINA_TARGET static uint32_t stream(const void* data, int64_t n) {
 
 namespace wina {
 
+#ifdef WINA_DOT
+#define WINA_MULTIPLY WINA_SPACE::multiply
+#else
+#define WINA_MULTIPLY nullptr
+#endif
 #define WINA_TEXT_(name) #name
 #define WINA_TEXT(name) WINA_TEXT_(name)
 extern const Kernels WINA_ISA{WINA_TEXT(WINA_ISA),  WINA_SPACE::widen,    WINA_SPACE::compact,
@@ -745,6 +774,6 @@ extern const Kernels WINA_ISA{WINA_TEXT(WINA_ISA),  WINA_SPACE::widen,    WINA_S
                               WINA_SPACE::arrange, WINA_SPACE::dots,     WINA_SPACE::finish,
                               WINA_SPACE::softmax, WINA_SPACE::weigh,    WINA_SPACE::norm,
                               WINA_SPACE::rotate,  WINA_SPACE::largest,  WINA_SPACE::add,
-                              WINA_SPACE::stream};
+                              WINA_MULTIPLY,       WINA_SPACE::stream};
 
 }  // namespace wina

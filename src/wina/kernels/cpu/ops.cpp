@@ -6,6 +6,10 @@
 #include <map>
 #include <tuple>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "kernels.h"
 #include "quantized.h"
 #include "torch_abi.h"
@@ -21,6 +25,8 @@ static const Kernels* kernels = &portable;
 // default of a dtype, if set.
 static std::map<std::tuple<int, int64_t, int64_t>, int64_t> crossover;
 constexpr int64_t default_crossover = 32;
+// Whether the blocked product is used: not where oneDNN has matrix units to use.
+static bool own_product = true;
 // Products below which one thread is faster than waking a second.
 static int64_t serial_products = 65536;
 
@@ -120,13 +126,16 @@ static bool is_input_major(const Tensor& weight) {
   return weight.size(0) < 2 || weight.stride(0) == 1;
 }
 
+static bool multiplies(const Tensor& x, const Tensor& weight);
+
 // Whether to skip rows of W; else the dense kernel runs on the masked x.
 static bool skips(const Tensor& x, const Tensor& weight) {
   if (dtype_of(x) == Dtype::f64 || !is_input_major(weight)) return false;
   int dtype = int(dtype_of(x));
   auto found = crossover.find({dtype, weight.size(1), weight.size(0)});
   if (found == crossover.end()) found = crossover.find({dtype, 0, 0});
-  return rows_of(x) <= (found == crossover.end() ? default_crossover : found->second);
+  if (found != crossover.end()) return rows_of(x) <= found->second;
+  return rows_of(x) <= (multiplies(x, weight) ? max_tokens : default_crossover);
 }
 
 static Projection projection(const Tensor& weight, const Tensor* bias, void* y) {
@@ -185,8 +194,46 @@ static Tensor dense_rows(const Tensor& x, const Tensor& weight, const Tensor* bi
   return result;
 }
 
+// Whether wina's own blocked product beats torch's, which repacks an input-major weight each time.
+static bool multiplies(const Tensor& x, const Tensor& weight) {
+  return own_product && kernels->multiply != nullptr && dtype_of(x) == Dtype::bf16 &&
+         rows_of(x) > 1 && weight.dim() == 2 && is_input_major(weight) && weight.size(1) > 0;
+}
+
+static Tensor product(Tensor x, const Tensor& weight, const Tensor* bias) {
+  const int64_t in = weight.size(1), out = weight.size(0), tokens = rows_of(x);
+  x = contiguous(std::move(x));
+  Tensor result = Tensor::empty(result_sizes(x, out), x.dtype());
+  const uint16_t* from = static_cast<const uint16_t*>(x.data());
+  thread_local Scratch even;
+  const int64_t row = in + in % 2;
+  if (in % 2) {
+    uint16_t* copy = even.get<uint16_t>(tokens * row);
+    for (int64_t t = 0; t < tokens; ++t) {
+      std::memcpy(copy + t * row, from + t * in, size_t(in) * sizeof *from);
+      copy[t * row + in] = 0;
+    }
+    from = copy;
+  }
+  constexpr int64_t most = product_tokens;
+  const int64_t parts = parts_for(in * out * tokens);
+  parallel(parts, [&](int64_t part) {
+    auto [first, last] = share(out, part, parts);
+    if (first == last) return;
+    thread_local Scratch panel, sums;
+    for (int64_t t = 0; t < tokens; t += most) {
+      const int64_t some = std::min(most, tokens - t);
+      Projection p = projection(weight, bias, static_cast<uint16_t*>(result.data()) + t * out);
+      kernels->multiply(p, from + t * row, row, some, first, last,
+                        sums.get<float>(some * panel_sums), panel.get<char>(panel_bytes));
+    }
+  });
+  return result;
+}
+
 static Tensor linear(const Tensor& x, const Tensor& weight, const Tensor* bias) {
   if (dots_pay(x, weight)) return dense_rows(x, weight, bias);
+  if (multiplies(x, weight)) return product(take_tensor(x.share()), weight, bias);
   // An optional argument is a pointer to a value that the callee deletes, or null.
   Value optional = bias == nullptr ? 0 : reinterpret_cast<Value>(new Value(bias->share()));
   Value stack[3] = {x.share(), weight.share(), optional};
@@ -785,6 +832,15 @@ static std::vector<const Kernels*> instruction_sets() {
   return found;
 }
 
+static bool has_matrix_units() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);  // AMX-BF16
+#else
+  return false;
+#endif
+}
+
 }  // namespace wina
 
 #define WINA_EXPORT extern "C" __attribute__((visibility("default")))
@@ -800,6 +856,7 @@ WINA_EXPORT const char* wina_register(void* (*find)(const char*)) {
   WINA_TORCH_FUNCTIONS(WINA_FIND)
 #undef WINA_FIND
   kernels = instruction_sets().front();
+  own_product = !has_matrix_units();
   Handle library = nullptr;  // lives as long as the process
   if (torch.aoti_torch_library_init_impl("wina", "CPU", __FILE__, __LINE__, &library) ||
       torch.torch_library_impl(library, "sparse_linear", call_linear, abi_version) ||
