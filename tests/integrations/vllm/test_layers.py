@@ -178,7 +178,7 @@ def test_a_plan_beside_a_model(beside: Any, name: str) -> None:
     assert_close(run(layers[name], inputs(name)), expected(name, inputs(name)))
 
 
-def test_thresholds_stay_float32(beside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thresholds_stay_float32(beside: Any) -> None:
     torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it builds a model
     try:
         layers = build(beside, dtype=torch.bfloat16)
