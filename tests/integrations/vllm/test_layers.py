@@ -102,12 +102,12 @@ def ranks(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return be
 
 
-def build(config: Any, biased: bool = True) -> dict[str, Any]:
+def build(config: Any, biased: bool = True, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """Return the layers of a block with their weights, as vLLM's models make and load them."""
     from vllm.model_executor.layers import linear
 
     config.packed_modules_mapping = FUSED
-    options = {"quant_config": config, "params_dtype": torch.float32, "bias": biased}
+    options = {"quant_config": config, "params_dtype": dtype, "bias": biased}
     o, down = f"{ATTENTION}.o_proj", f"{MLP}.down_proj"
     qkv, gate_up = f"{ATTENTION}.qkv_proj", f"{MLP}.gate_up_proj"
     heads = (HIDDEN, SIZE, HEADS, SHARED)
@@ -176,6 +176,24 @@ def test_a_plan_beside_a_model(beside: Any, name: str) -> None:
     layers = build(beside)
     finish(layers)
     assert_close(run(layers[name], inputs(name)), expected(name, inputs(name)))
+
+
+def test_thresholds_stay_float32(beside: Any) -> None:
+    torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it builds a model
+    try:
+        layers = build(beside, dtype=torch.bfloat16)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    finish(layers)
+    for name, layer in layers.items():
+        assert layer.thresholds.dtype == torch.float32
+        own = next(iter(PARTS[name].values()))
+        vector = tensors("thresholds", f"{name.rpartition('.')[0]}.{own}")
+        assert torch.equal(layer.thresholds[0], vector)
+        assert layer.sparse_bias.dtype == torch.bfloat16
+    name = f"{MLP}.gate_up_proj"
+    found = run(layers[name], inputs(name).bfloat16())
+    assert found.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", PARTS)

@@ -76,7 +76,8 @@ class WinaLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         layer.wina_sizes = [outputs] if len(found) == 1 else list(output_partition_sizes)
         # NaN until it is loaded, so that what a checkpoint lacks is seen.
         empty = [0.0 if linear is None else float("nan") for linear in found]
-        thresholds = torch.tensor(empty)[:, None].repeat(1, input_size_per_partition)
+        thresholds = torch.tensor(empty, dtype=torch.float32)  # whatever the model's dtype
+        thresholds = thresholds[:, None].repeat(1, input_size_per_partition)
         _add(layer, "thresholds", thresholds, _thresholds_loader(layer))
         if any(linear is not None and linear.bias for linear in found):
             bias = torch.zeros(outputs, dtype=params_dtype)

@@ -209,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       const int own = before;
 #pragma unroll
       for (int step = 1; step < CHUNKS; step *= 2) {
-        const int other = __shfl_up_sync(0xffffffffu, before, step, CHUNKS);
+        const int other = __shfl_up_sync(0xffffffffu, before, step);
         if (lane % CHUNKS >= step) before += other;
       }
       int place = segment * SEGMENT + before - own;

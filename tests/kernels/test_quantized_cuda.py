@@ -1,0 +1,229 @@
+"""The CUDA kernel on quantized weights: emulated on the CPU, compiled, and on a device."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.kernels.test_quantized import Case
+from torch import Tensor
+from torch.testing import assert_close
+
+from wina.kernels import QuantizedWeight, quantized_linear, reference
+from wina.kernels.cuda import quantized as module
+from wina.kernels.cuda.compile import compiled, mapping
+from wina.kernels.cuda.quantized import Config, config_for, launch
+from wina.kernels.quantized import dequantize
+
+OPS = torch.ops.wina
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+TOLERANCE = {torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 3.2e-2}
+# What PTX or the compiler gives a device, for a CPU.
+SHIMS = """
+struct alignas(8) uint2 { unsigned x, y; };
+static int __dp2a_lo(int a, int b, int c) {
+  return c + short(a) * (signed char)(b) + short(a >> 16) * (signed char)(b >> 8);
+}
+static int __dp2a_hi(int a, int b, int c) { return __dp2a_lo(a, b >> 16, c); }
+static unsigned __byte_perm(unsigned a, unsigned b, unsigned order) {
+  const unsigned long long both = (unsigned long long)b << 32 | a;
+  unsigned found = 0;
+  for (int i = 0; i < 4; ++i)
+    found |= unsigned(both >> 8 * (order >> 4 * i & 7) & 255) << 8 * i;
+  return found;
+}
+static int __float2int_rn(float x) { return int(std::nearbyint(x)); }
+#define fminf(a, b) std::fmin(a, b)
+#define fmaxf(a, b) std::fmax(a, b)
+#define cluster_sync sync_cluster
+#define read_from read_of
+static void sync_cluster() {
+  emulation::meet(emulation::whole, emulation::threads * emulation::cluster);
+}
+static float read_of(const float* mine, int rank) {
+  using namespace emulation;
+  if (rank == now->block) return *mine;
+  float found;
+  const char* place = reinterpret_cast<const char*>(mine);
+  std::memcpy(&found, statics[rank].data() + (place - __start_cuda_shared), 4);
+  return found;
+}
+static int min(int a, int b) { return a < b ? a : b; }
+"""
+
+
+def case(seed: int, out: int, groups: int, group: int, bits: int, zeros: str, dtype: Any) -> Case:
+    return Case(seed, out, groups, group, bits, zeros, dtype, 1, 0.5)
+
+
+def wanted(x: Tensor, weight: QuantizedWeight, thresholds: Tensor) -> Tensor:
+    kept = reference.drop(x, thresholds).double()
+    return (kept @ dequantize(weight).double().t()).to(x.dtype)
+
+
+CONFIGS = {
+    "plain": Config(lanes=4, teams=8, unroll=2, cluster=1),
+    "wide": Config(lanes=8, teams=8, unroll=1, cluster=2),
+    "cluster": Config(lanes=4, teams=16, unroll=3, cluster=4),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("emulated")
+
+
+@pytest.fixture
+def emulate(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[..., None]:
+    """Return a function that lets the launcher run on the CPU, on these tensors alone."""
+    emulated = pytest.importorskip("tests.kernels.test_cuda_emulated")
+    sources = folder / "sources"
+    if not sources.exists():
+        sources.mkdir()
+        for name in ("common.cuh", "quantized.cu"):
+            text = (Path(module.__file__).parent / name).read_text()
+            include = '#include "common.cuh"\n'
+            (sources / name).write_text(text.replace(include, include + SHIMS))
+    monkeypatch.setattr(emulated, "SOURCES", sources)
+
+    def use(*tensors: Tensor | None) -> None:
+        given = [t for t in tensors if t is not None]
+
+        def kernel(source: str, name: str, macros: Any, device: int, threads: int) -> Any:
+            library = emulated.build(folder, source, name, macros)
+            return emulated.Emulated(library, dict(macros).get("CLUSTER", 1), threads, given)
+
+        monkeypatch.setattr(module, "kernel", kernel)
+
+    return use
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("bits", "zeros"), [(4, "none"), (4, "points"), (4, "minima"), (8, "none"), (8, "points")]
+)
+def test_emulated(
+    emulate: Callable[..., None], bits: int, zeros: str, name: str, dtype: torch.dtype
+) -> None:
+    for out, groups, group, rows in ((196, 5, 64, 1), (68, 1, 128, 2), (128, 3, 32, 1)):
+        one = replace(case(out, out, groups, group, bits, zeros, dtype), rows=rows)
+        x, weight, thresholds = one.x() / 16, one.weight(), one.thresholds()
+        bias = torch.randn(out).to(dtype)
+        emulate(x, *weight, thresholds, bias)
+        (found,) = launch(x, [weight], [thresholds], [bias], CONFIGS[name])
+        allowed = TOLERANCE[dtype]
+        exact = wanted(x, weight, thresholds).double() + bias.double()
+        assert_close(found, exact.to(dtype), rtol=allowed, atol=allowed * 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norm_residual_and_several(emulate: Callable[..., None], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weights = [case(i, out, 3, 64, 4, "points", dtype).weight() for i, out in enumerate((136, 64))]
+    x, norm, other = (torch.randn(n).to(dtype)[None] for n in (192, 192, 136))
+    thresholds = [torch.full((192,), 0.4), torch.zeros(192)]
+    emulate(x, norm, other, *weights[0], *weights[1], *thresholds)
+    config = CONFIGS["cluster"]
+    extra = {"norm": norm[0], "epsilon": 1e-5, "residual": other}
+    found = launch(x, weights, thresholds, [None, None], config, **extra)
+    exact = reference.fused_linears(
+        x.double(), norm[0].double(), 1e-5, [dequantize(w).double() for w in weights], thresholds
+    )
+    exact[0] = exact[0] + other
+    for one, two in zip(found, exact, strict=True):
+        assert_close(one.double(), two, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 16)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gate_and_up(emulate: Callable[..., None], bits: int) -> None:
+    weights = [case(i, 132, 2, 64, bits, "none", torch.float32).weight() for i in range(2)]
+    x, thresholds = torch.randn(1, 128), [torch.full((128,), 0.4), torch.rand(128)]
+    emulate(x, *weights[0], *weights[1], *thresholds)
+    (found,) = launch(x, weights, thresholds, [None, None], CONFIGS["wide"], activation="silu")
+    gate, up = (wanted(x, w, t) for w, t in zip(weights, thresholds, strict=True))
+    assert_close(found, torch.nn.functional.silu(gate) * up, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_not_finite_is_seen(emulate: Callable[..., None]) -> None:
+    one = case(1, 128, 2, 64, 4, "none", torch.bfloat16)
+    x, weight = one.x(), one.weight()
+    x[0, 3] = float("nan")
+    none = torch.zeros(128)
+    emulate(x, *weight, none)
+    (found,) = launch(x, [weight], [none], [None], CONFIGS["plain"])
+    # Outputs whose scale is 0 there too: 0 times NaN.
+    assert found.isnan().all()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_rule_gives_every_shape_a_configuration(gated: bool) -> None:
+    for inputs, outputs in ((4096, (4096, 1024, 1024)), (14336, (4096,)), (576, (1536, 1536))):
+        pieces = [-(-out // 128) * 4 for out in outputs]
+        config = config_for(inputs, pieces, gated, 132)
+        assert config.threads % 32 == 0
+        assert 1 <= config.cluster <= 8
+        assert config.lanes in (4, 8)
+
+
+@pytest.mark.parametrize("gated", [0, 1])
+@pytest.mark.parametrize(("bits", "zeros"), [(4, 0), (4, 1), (4, 2), (8, 0), (8, 1)])
+def test_it_compiles_without_a_device(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bits: int, zeros: int, gated: int
+) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings")
+    monkeypatch.setenv("WINA_CACHE", str(tmp_path))
+    macros = {"ELEMENT": 2, "SCALE": 1, "BITS": bits, "ZEROS": zeros, "LANES": 8, "TEAMS": 32}
+    macros |= {"UNROLL": 2, "CLUSTER": 2, "SEGMENT": 64, "GATED": gated, "NORM": 1}
+    macros["BLOCKS"] = 1 if gated else 2
+    try:
+        compiled("quantized.cu", mapping(macros), (9, 0))
+    except (RuntimeError, ImportError, OSError) as error:
+        if not re.search("nvrtc", str(error), re.IGNORECASE):
+            raise
+        pytest.skip(f"needs the NVRTC library (nvidia-cuda-nvrtc): {error}")
+
+
+# --- on a device ---
+
+
+def to_device(weight: QuantizedWeight) -> QuantizedWeight:
+    return QuantizedWeight(*(tensor.cuda() for tensor in weight))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 8, 20])
+@pytest.mark.parametrize(
+    ("bits", "zeros"), [(4, "none"), (4, "points"), (4, "minima"), (8, "none"), (8, "points")]
+)
+def test_on_a_device(bits: int, zeros: str, rows: int, dtype: torch.dtype) -> None:
+    shapes = ((4096, 32, 128), (1024, 9, 64), (196, 1, 128), (14336, 16, 32), (64, 5, 11))
+    for out, groups, group in shapes:
+        one = replace(case(out, out, groups, group, bits, zeros, dtype), rows=rows)
+        x, weight, thresholds = one.x() / 16, one.weight(), one.thresholds()
+        found = quantized_linear(x.cuda(), to_device(weight), thresholds.cuda())
+        allowed = TOLERANCE[dtype]
+        assert_close(found.cpu(), wanted(x, weight, thresholds), rtol=allowed, atol=allowed * 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_gated_mlp_on_a_device(bits: int) -> None:
+    shapes = ((352, 2, 64), (352, 2, 64), (128, 11, 32))
+    weights = [case(i, *s, bits, "points", torch.float32).weight() for i, s in enumerate(shapes)]
+    flat = [tensor for weight in weights for tensor in weight]
+    x, norm = torch.randn(1, 1, 128), torch.rand(128)
+    thresholds = [torch.full((128,), 0.3), torch.rand(128), torch.full((352,), 0.2)]
+    arguments = ([norm], 1e-5, flat, thresholds, "silu", [], [x])
+    exact = reference.fused_gated_mlp(
+        x, norm, 1e-5, [dequantize(w) for w in weights], thresholds, "silu", None, x
+    )
+    moved = [[t.cuda() for t in part] if isinstance(part, list) else part for part in arguments]
+    found = OPS.quantized_gated_mlp(x.cuda(), *moved)
+    assert_close(found.cpu(), exact, rtol=1e-3, atol=1e-2)
