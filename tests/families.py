@@ -162,6 +162,12 @@ EXPERTS = (
         "DeepSeek-V3, Kimi-K2", "deepseek_v3", DEEPSEEK, "experts, shared experts, latent attention"
     ),
     Case(
+        "DeepSeek-V3.2",
+        "deepseek_v32",
+        DEEPSEEK | {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 16},
+        "experts, shared experts, latent attention over chosen positions",
+    ),
+    Case(
         "GLM-4.5",
         "glm4_moe",
         HEADS | ROUTED | {"n_routed_experts": 6, "first_k_dense_replace": 1},

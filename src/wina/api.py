@@ -15,6 +15,7 @@ from wina.calibration import calibrate as run_calibration
 from wina.errors import UsageError
 from wina.integrations import hf
 from wina.layers.linear import read_by_others
+from wina.layers.quantized import read
 from wina.models import check_bare, family_of, identify, settle
 from wina.plan import Plan
 from wina.progress import note
@@ -82,7 +83,7 @@ def sparsify(model: Model, plan: Plan, *, check: bool = True) -> Model:
     layers.sparsify(model, plan)
     hf.attach(model, plan.document)
     masked = sorted(plan.vectors.keys() & set(read_by_others(model)))
-    if masked:
+    if masked and read(model.get_submodule(masked[0])) is None:
         note(
             f"another library keeps the weights of {len(masked)} linears, such as {masked[0]}: "
             "their inputs are masked, which shows the quality and saves no time"

@@ -421,6 +421,27 @@ def test_calibration_without_gradients(model: PreTrainedModel, text: Path) -> No
         made.plan(0.5, "wina", "global")
 
 
+def test_what_no_gradient_reaches_stays_dense(
+    model: PreTrainedModel, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A linear that only chooses, as the indexers of sparse attention do."""
+    mlp = model.model.layers[1].mlp
+    mlp.chooser = torch.nn.Linear(32, 3)
+    plain = mlp.forward
+
+    def choosing(x: torch.Tensor) -> torch.Tensor:
+        return plain(x) * (1 + mlp.chooser(x).argmax(-1, keepdim=True))
+
+    mlp.forward = choosing
+    settings = {"tokens": 512, "context": 64, "dense_prefix": 4}
+    made = wina.calibrate(model, make_tokenizer(), text, **settings)
+    assert "no gradient reaches model.layers.1.mlp.chooser" in capsys.readouterr().err
+    names = [linear.site.name for linear in made.statistics]
+    assert "model.layers.1.mlp.chooser" not in names
+    assert "model.layers.1.mlp.down_proj" in names
+    assert "model.layers.1.mlp.chooser" not in made.plan(0.5, "loss", "global").vectors
+
+
 def test_defaults_of_settings_hold_out_an_eighth() -> None:
     assert CalibrationSettings(tokens=16_384).held_out == 2_048
     assert CalibrationSettings(tokens=1_000_000).held_out == 8_192

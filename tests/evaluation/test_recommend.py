@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.helpers import Cli
+from tests.helpers import Cli, english, make_tokenizer
 from wina.calibration import Calibration, make_plan
 from wina.errors import UsageError, WinaError
 from wina.evaluation import Limits, recommend
@@ -108,3 +108,28 @@ def test_plan_finds_the_sparsity_for_a_limit(
     assert (done.code, "such as 2% or 0.02" in done.said) == (2, True)
     done = cli(*arguments, "2%", "-o", tmp_path / "p")
     assert (done.code, "add --model" in done.said) == (2, True)
+
+
+def test_the_limit_holds_on_texts_that_were_not_used(
+    calibration: Calibrated, loaded: PreTrainedModel
+) -> None:
+    """Bisection on one text; what it found is then scored on three others."""
+    made = calibration[1]
+    pieces = english(60_000)
+    ids = make_tokenizer()(pieces)["input_ids"]
+    parts = [torch.tensor([ids[first : first + 40]]) for first in range(0, len(ids) - 40, 40)]
+    used, *others = (parts[start::4][:60] for start in range(4))
+
+    def plan_at(sparsity: float) -> Plan:
+        return make_plan(made, sparsity, "wina", "uniform")
+
+    for limits in (Limits(kl=0.02), Limits(kl=0.1)):
+        found = recommend(loaded, plan_at, {"used": used}, limits, dense_prefix=4)
+        for text in others:
+            totals, _ = score_plan(loaded, found.plan, text, 4, "")
+            assert totals.kl <= (limits.kl or 0)
+        # And not because hardly anything is dropped: a step more is beyond it.
+        target = found.plan.document.target_sparsity
+        assert target > 0.05
+        more, _ = score_plan(loaded, plan_at(target + 0.1), used, 4, "")
+        assert more.kl > (limits.kl or 0)

@@ -28,7 +28,8 @@ from tests.conformance import continue_text, decode, masked
 from tests.helpers import CONTEXT, VOCABULARY, make_plan, prompt
 from wina.evaluation import evaluate
 from wina.generation import generate
-from wina.layers import MaskedLayer, sparse_layers
+from wina.layers import MaskedLayer, lay_out_for_decode, sparse_layers
+from wina.layers import quantized as codes
 
 GROUP = 32
 
@@ -170,6 +171,7 @@ class Kind:
     make: Callable[[Path], PreTrainedModel]
     saved: bool = True
     rounds_activations: bool = False
+    codes: bool = True  # of 8 or 4 bits, with scales: wina's kernels read them
 
 
 KINDS = (
@@ -178,14 +180,16 @@ KINDS = (
         "torchao int8 dynamic",
         partial(torchao, name="Int8DynamicActivationInt8WeightConfig"),
         rounds_activations=True,
+        codes=False,
     ),
     Kind("torchao int4", partial(torchao, name="IntxWeightOnlyConfig", weight_dtype=torch.int4)),
-    Kind("torchao float8", partial(torchao, name="Float8WeightOnlyConfig")),
-    Kind("bitsandbytes 8 bit", partial(bitsandbytes, load_in_8bit=True)),
+    Kind("torchao float8", partial(torchao, name="Float8WeightOnlyConfig"), codes=False),
+    Kind("bitsandbytes 8 bit", partial(bitsandbytes, load_in_8bit=True), codes=False),
     Kind(
         "bitsandbytes nf4",
         partial(bitsandbytes, load_in_4bit=True, bnb_4bit_quant_type="nf4"),
         saved=False,
+        codes=False,
     ),
     Kind("W4A16", partial(compressed_tensors, scheme="W4A16", form="pack-quantized")),
     Kind("W8A16", partial(compressed_tensors, scheme="W8A16", form="pack-quantized")),
@@ -193,11 +197,13 @@ KINDS = (
         "W8A8",
         partial(compressed_tensors, scheme="W8A8", form="int-quantized"),
         rounds_activations=True,
+        codes=False,
     ),
     Kind(
         "FP8 dynamic",
         partial(compressed_tensors, scheme="FP8_DYNAMIC", form="float-quantized"),
         rounds_activations=True,
+        codes=False,
     ),
     Kind("GPTQ", partial(gptqmodel, method="gptq"), saved=False),
     Kind("AWQ", partial(gptqmodel, method="awq")),
@@ -237,6 +243,10 @@ def test_the_whole_way(
     assert (wanted - decode(untouched, ids)).abs().max() > 0.5
     tokens = wanted.argmax(-1).tolist()
     assert continue_text(model, ids) == tokens
+    lay_out_for_decode(model)
+    assert [codes.packed(layer) is not None for layer in layers.values()] == [kind.codes] * 14
+    assert torch.equal(model(ids).logits, dense)
+    torch.testing.assert_close(decode(model, ids), wanted, **close)
     if not kind.rounds_activations:
         assert generate(model, ids[0].tolist(), len(tokens)).ids == tokens
 

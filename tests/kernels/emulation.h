@@ -32,7 +32,9 @@ struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
   int block, thread;
-  bool done = false, waited = false;
+  bool done = false, waited = false, arrived = false;
+  long generation = 0;  // of the cluster's barrier
+  int meetings = 0;
   std::vector<std::vector<Copy>> copies;
 };
 
@@ -177,18 +179,35 @@ static void wait_for_copies() {
 static void wait_for_inputs() { emulation::now->waited = true; }
 static void let_next_start() {}
 static u32 cluster_rank() { return emulation::now->block; }
-static void cluster_sync() { emulation::meet(emulation::whole, emulation::threads * emulation::cluster); }
-static float read_from(const float* mine, int rank) {
+static void cluster_arrive() {
   using namespace emulation;
-  const char* place = reinterpret_cast<const char*>(mine);
-  float found;
-  if (place >= __start_cuda_shared && place < __stop_cuda_shared) {
-    if (rank == now->block) return *mine;
-    std::memcpy(&found, statics[rank].data() + (place - __start_cuda_shared), 4);
-  } else {
-    std::memcpy(&found, dynamic[rank].data() + (place - memory()), 4);
+  if (now->arrived) fail("it arrives twice at the cluster's barrier");
+  ++progress;
+  now->arrived = true;
+  now->generation = whole.generation;
+  if (++whole.arrived == threads * cluster) {
+    whole.arrived = 0;
+    ++whole.generation;
   }
-  return found;
+}
+static void cluster_wait() {
+  using namespace emulation;
+  if (!now->arrived) fail("it waits at the cluster's barrier without having arrived");
+  ++progress;
+  while (whole.generation == now->generation) yield();
+  now->arrived = false;
+  ++now->meetings;
+}
+static void write_to(float* mine, int rank, float value) {
+  using namespace emulation;
+  if (!now->meetings) fail("another block's memory is written before it is known to have started");
+  const char* place = reinterpret_cast<const char*>(mine);
+  if (place >= __start_cuda_shared && place < __stop_cuda_shared) {
+    if (rank == now->block) *mine = value;
+    else std::memcpy(statics[rank].data() + (place - __start_cuda_shared), &value, 4);
+  } else {
+    std::memcpy(dynamic[rank].data() + (place - memory()), &value, 4);
+  }
 }
 
 #include "kernel.cu"
@@ -196,6 +215,7 @@ static float read_from(const float* mine, int rank) {
 static const Arguments* arguments;
 static void body() {
   KERNEL(*arguments);
+  if (emulation::now->arrived) emulation::fail("it never waited at the cluster's barrier");
   for (const auto& group : emulation::now->copies)
     if (!group.empty()) emulation::fail("a copy was not waited for");
   emulation::now->done = true;

@@ -109,6 +109,7 @@ CONFIGS = {
     "odd": Config(lanes=6, groups=5, unroll=3, cluster=2, loads=1),
     "copies": Config(lanes=8, groups=8, unroll=4, cluster=1, loads=2),
     "cluster": Config(lanes=8, groups=4, unroll=2, cluster=4, loads=2),
+    "whole": Config(lanes=4, groups=16, unroll=3, cluster=4, loads=1, whole=1),
     "wide": Config(lanes=32, groups=2, unroll=4, cluster=2, loads=1),
 }
 
@@ -146,7 +147,8 @@ def test_norm_residual_and_several_projections(
     thresholds = [torch.rand(inputs) * (1 + i) for i in range(3)]
     biases = [torch.randn(outputs[0]).to(dtype), None, torch.randn(outputs[2]).to(dtype)]
     residual = torch.randn(1, tokens, outputs[0]).to(dtype)
-    config = Config(lanes=4, groups=8, unroll=4, cluster=2, loads=loads)
+    whole = int(loads > 0)  # where there are several rows, it does not apply
+    config = Config(lanes=4, groups=8, unroll=4, cluster=2, loads=loads, whole=whole)
     emulate(x, norm, residual, *weights, *thresholds, *biases)
     found = rows_module.rows(
         x, weights, thresholds, biases, config, norm=norm, epsilon=1e-5, residual=residual
@@ -167,7 +169,7 @@ def test_gated(emulate: Callable[..., None], shares: tuple[float, float], loads:
     weights = [weight(inputs, outputs, dtype), weight(inputs, outputs, dtype)]
     thresholds = [torch.full((inputs,), share) for share in shares]
     biases = [torch.randn(outputs), None]
-    config = Config(lanes=4, groups=8, unroll=3, cluster=2, loads=loads)
+    config = Config(lanes=4, groups=8, unroll=3, cluster=2, loads=loads, whole=int(loads < 2))
     emulate(x, *weights, *thresholds, *biases)
     options = {"activation": "silu"}
     (found,) = rows_module.rows(x, weights, thresholds, biases, config, **options)
@@ -194,9 +196,24 @@ def test_rounds_of_a_long_input(emulate: Callable[..., None]) -> None:
     x, w = torch.randn(1, inputs).half(), weight(inputs, 40, torch.float16)
     t = torch.rand(inputs)
     emulate(x, w, t)
-    config = Config(lanes=4, groups=8, unroll=4, loads=1)
-    (found,) = rows_module.rows(x, [w], [t], [None], config)
-    assert_close(found, reference.sparse_linear(*wide(x, w, t)).half(), rtol=4e-3, atol=4e-3)
+    for cluster, whole in ((1, 0), (2, 0), (2, 1)):  # too long for one round: as if not whole
+        config = Config(lanes=4, groups=8, unroll=4, cluster=cluster, loads=1, whole=whole)
+        (found,) = rows_module.rows(x, [w], [t], [None], config)
+        assert_close(found, reference.sparse_linear(*wide(x, w, t)).half(), rtol=4e-3, atol=4e-3)
+
+
+def test_equal_shares_of_several_chunks(emulate: Callable[..., None]) -> None:
+    """Each thread gates several chunks; fewer live channels than blocks, none, all."""
+    torch.manual_seed(0)
+    inputs = 32 * 8 * 3 + 40
+    x, w = torch.randn(1, inputs).half(), weight(inputs, 40, torch.float16)
+    config = Config(lanes=4, groups=8, unroll=4, cluster=8, loads=0, whole=1)
+    for live in (0, 1, 3, inputs // 2, inputs):
+        t = torch.full((inputs,), torch.inf)
+        t[torch.randperm(inputs)[:live]] = 0
+        emulate(x, w, t)
+        (found,) = rows_module.rows(x, [w], [t], [None], config)
+        assert_close(found, reference.sparse_linear(*wide(x, w, t)).half(), rtol=4e-3, atol=4e-3)
 
 
 def test_nan_inf_and_zero(emulate: Callable[..., None]) -> None:

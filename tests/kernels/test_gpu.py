@@ -130,6 +130,8 @@ CONFIGS = [
     Config(14, 36, unroll=6, cluster=4, loads=2),
     Config(32, 8, unroll=6, cluster=8, loads=1),
     Config(64, 4, unroll=4, cluster=4, blocks=1, loads=0),
+    Config(8, 48, unroll=4, cluster=2, blocks=3, loads=1, whole=1),
+    Config(32, 16, unroll=4, cluster=8, loads=0, whole=1),
 ]
 
 
@@ -202,7 +204,7 @@ def test_small_for_sanitizers(loads: int, cluster: int) -> None:
     """Little of everything: compute-sanitizer python -m pytest -m gpu -k for_sanitizers."""
     torch.manual_seed(loads)
     dtype = torch.bfloat16
-    config = Config(4, 16, unroll=2, cluster=cluster, loads=loads)
+    config = Config(4, 16, unroll=2, cluster=cluster, loads=loads, whole=int(loads == 1))
     for tokens in (1, 3):
         x = torch.randn(tokens, 264, device="cuda").to(dtype)
         w, t = [weight(264, 72, dtype) for _ in range(2)], [torch.rand(264, device="cuda")] * 2

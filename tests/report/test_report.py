@@ -2,6 +2,7 @@
 
 import html
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,8 @@ def test_it_holds_everything(made: Made) -> None:
 def test_the_recommended_plan_keeps_its_limit(made: Made) -> None:
     _, report = made
     chosen = report.recommendation
-    assert chosen is not None
     assert chosen.plan is not None
+    assert report.plans[chosen.plan].use == "--max-kl 0.02 --method wina"
     assert "bisection" in chosen.how
     assert "0.02" in chosen.limits
     row = report.quality.results[chosen.plan]
@@ -157,11 +158,10 @@ def loaded(qwen3: Path) -> LoadedModel:
 def test_without_a_limit_the_scored_plans_are_judged(loaded: LoadedModel) -> None:
     nothing, everything = make_plan(loaded.model, 0.0), make_plan(loaded.model, 1e9)
     report = report_of(loaded, [nothing, everything], limits=Limits(kl=0.1))
-    assert report.recommendation is None or report.recommendation.plan is None  # too few windows
+    assert report.recommendation.plan is None  # too few windows
     assert "None is recommended" in render(report)
     longer = ReportSettings(**{**vars(SMALL), "tokens": 900})
     report = make_report(loaded, [nothing, everything], longer, limits=Limits(kl=0.1))
-    assert report.recommendation is not None
     assert report.recommendation.plan == 0
     assert "Speed was not measured." in report.notes
     assert "roofline" not in render(report)
@@ -208,11 +208,24 @@ def test_other_settings_start_afresh(
     assert report.quality == report_of(loaded, [make_plan(loaded.model, 0.6)]).quality
 
 
+def test_a_given_plan_is_used_from_where_it_is(loaded: LoadedModel) -> None:
+    report = report_of(loaded, [make_plan(loaded.model, 0.2)], uses=["--plan 'my plan'"])
+    assert f"wina run {loaded.name} --plan 'my plan' --compare" in html.unescape(render(report))
+
+
 def test_plans_that_cannot_be_reported(loaded: LoadedModel) -> None:
     with pytest.raises(UsageError, match="at least one"):
         report_of(loaded, [])
     with pytest.raises(UsageError, match="threshold"):
         report_of(loaded, [make_plan(loaded.model, 1.0, keep=0.5)])
+    plan = make_plan(loaded.model, 0.2)
+    name = next(iter(plan.vectors))
+    linears = {key: x for key, x in plan.document.linears.items() if key != name}
+    document = plan.document.model_copy(update={"linears": linears})
+    vectors = {key: x for key, x in plan.vectors.items() if key != name}
+    fewer = replace(plan, document=document, vectors=vectors)
+    with pytest.raises(UsageError, match="same linears"):
+        report_of(loaded, [plan, fewer])
 
 
 def test_bad_requests_are_refused_before_any_work(qwen3: Path, tmp_path: Path, cli: Cli) -> None:

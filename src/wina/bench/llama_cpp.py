@@ -19,9 +19,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from wina.bench.contenders import Contender
+from wina.layers.foreign import dequantized
+from wina.layers.linear import read_by_others
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
-FORMATS = ("f16", "bf16", "q8_0")
+FORMATS = ("f16", "bf16", "q8_0", "q4_0")
 PARTS = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -48,7 +50,10 @@ def unavailable(model: PreTrainedModel) -> str | None:
 
 
 def write_gguf(model: PreTrainedModel, path: Path, form: str) -> None:
-    """Write a dense model's weights as f16, bf16 or q8_0; vectors stay float32.
+    """Write a dense model's weights as f16, bf16, q8_0 or q4_0; vectors stay float32.
+
+    With q4_0 the embeddings and the head are q8_0, as a model that wina quantizes to int4 has an
+    int8 head.
 
     Args:
         model: a llama-like model, dense.
@@ -81,10 +86,13 @@ def write_gguf(model: PreTrainedModel, path: Path, form: str) -> None:
         if tensor.ndim == 1:
             writer.add_tensor(name, array)
             return
-        number = getattr(gguf.GGMLQuantizationType, form.upper())
+        edge = name in ("token_embd.weight", "output.weight")
+        number = getattr(
+            gguf.GGMLQuantizationType, "Q8_0" if edge and form == "q4_0" else form.upper()
+        )
         writer.add_tensor(name, gguf.quants.quantize(array, number), raw_dtype=number)
 
-    state = model.state_dict()
+    state = _floats(model)
     prefix = "model."
     add("token_embd.weight", state[f"{prefix}embed_tokens.weight"])
     add("output_norm.weight", state[f"{prefix}norm.weight"])
@@ -103,6 +111,13 @@ def write_gguf(model: PreTrainedModel, path: Path, form: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _floats(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return a model's state with the weights of quantized linears as floats."""
+    names = read_by_others(model)
+    found = {f"{name}.weight": dequantized(model.get_submodule(name)) for name in names}
+    return {**model.state_dict(), **found}
 
 
 def _rope_base(config: Any) -> float:

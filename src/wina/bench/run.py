@@ -29,6 +29,7 @@ from wina.generation import Decoder
 from wina.kernels import use_backend
 from wina.layers import SparsityCounter, change_vectors, lay_out_for_decode, phase_of, sparsify
 from wina.layers.linear import read_by_others, refresh, sparse_layers
+from wina.layers.quantized import packed, read
 from wina.models import find_sites
 from wina.plan import Plan
 from wina.progress import note, track
@@ -43,8 +44,17 @@ BASELINES = (
     "llama.cpp-f16",
     "llama.cpp-bf16",
     "llama.cpp-q8_0",
+    "llama.cpp-q4_0",
 )
-ON_CPU_ONLY = ("prepacked", "llama.cpp-f16", "llama.cpp-bf16", "llama.cpp-q8_0")
+ON_CPU_ONLY = ("prepacked", *(name for name in BASELINES if name.startswith("llama.cpp")))
+
+# Of the linears' codes; other baselines decode with the model's own weights.
+LLAMA_BITS = {
+    "llama.cpp-f16": None,
+    "llama.cpp-bf16": None,
+    "llama.cpp-q8_0": 8,
+    "llama.cpp-q4_0": 4,
+}
 
 
 @dataclass(frozen=True)
@@ -125,11 +135,8 @@ def bench(
     last = settings.context + settings.tokens + 1
     if limit and last > limit:
         raise UsageError(f"a context of {settings.context} does not fit the model's {limit}")
-    if foreign := read_by_others(model):
-        raise UsageError(
-            f"another library keeps {len(foreign)} linears of {name}, such as {foreign[0]}, and "
-            "reads all their weights: there is no speed to measure, only quality (wina eval)"
-        )
+    foreign = read_by_others(model)
+    bits = _bits(model, foreign[0], name) if foreign else None
     generator = torch.Generator().manual_seed(0)
     length = min(settings.context, LONGEST_PROMPT)
     size = (settings.batch, length)
@@ -143,7 +150,7 @@ def bench(
         runs: dict[str, Contender] = {}
         notes: dict[str, str] = {}
         for baseline in settings.baselines:
-            reason = _cannot(baseline, model, settings)
+            reason = _cannot(baseline, model, settings, bits)
             if reason is None:
                 note(f"setting up {baseline}")
                 runs[baseline] = _baseline(baseline, model, prompt, settings, stack, prefill)
@@ -174,8 +181,10 @@ def bench(
             for one in sparse:
                 one.times.append(one.run(settings.tokens))
 
-    baselines = [_summary(x, times.get(x), notes.get(x, ""), settings) for x in settings.baselines]
-    dense_bytes = _weight_bytes(model) + _cache_bytes(model, settings)
+    baselines = [
+        _summary(x, times.get(x), notes.get(x, ""), settings, bits) for x in settings.baselines
+    ]
+    dense_bytes = _weight_bytes(other) + _cache_bytes(model, settings)
     best = max(
         (x.tokens_per_second for x in baselines if x.same_precision and x.tokens_per_second),
         default=None,
@@ -202,8 +211,24 @@ def bench(
     )
 
 
-def _cannot(baseline: str, model: PreTrainedModel, settings: BenchSettings) -> str | None:
+def _bits(model: nn.Module, name: str, model_name: str) -> int:
+    """Return the bits of the codes that a linear of another library is made of."""
+    weight = read(model.get_submodule(name))
+    if weight is None:
+        raise UsageError(
+            f"another library keeps linears of {model_name}, such as {name}, whose weights are not "
+            "codes of 8 or 4 bits with scales: it reads all of them, and there is no speed to "
+            "measure, only quality (wina eval)"
+        )
+    return weight.bits
+
+
+def _cannot(
+    baseline: str, model: PreTrainedModel, settings: BenchSettings, bits: int | None
+) -> str | None:
     """Return None, or why a baseline is left out."""
+    if bits is not None and baseline in ("hf-compiled", "prepacked"):
+        return "of float weights only"
     if model.device.type != "cpu" and baseline in ON_CPU_ONLY:
         return "on the CPU only"
     if baseline.startswith("llama.cpp"):
@@ -293,8 +318,11 @@ def _step(
     """Make the model sparse; return its compiled step."""
     if phase_of(model) is None:
         sparsify(model, plan)
-        if _drops(plan):
+        if _drops(plan) or read_by_others(model):
             lay_out_for_decode(model)
+        masked = [x for x, layer in sparse_layers(model) if not layer.kernels and not packed(layer)]
+        if masked:
+            _bits(model, masked[0], "the model")
     else:  # the weights stay where the other plans' compiled steps find them
         change_vectors(model, plan)
     decoder, seconds = decoder_at(model, prompt, settings.context, settings.tokens, "compiled")
@@ -363,16 +391,26 @@ def _compare(
 
 
 def _weight_bytes(model: nn.Module, counter: SparsityCounter | None = None) -> float:
-    """Return the bytes of weights that one decoded token reads, embeddings' one row included."""
+    """Return the bytes of weights that one decoded token reads, embeddings' one row included.
+
+    Scales and zeros of a quantized weight's group count if any of its channels is read.
+    """
     shares = {} if counter is None else counter.by_linear()
+    idle = {} if counter is None else counter.idle_groups()
     linears = {site.name: site for site in find_sites(model)}
     head = model.get_output_embeddings()  # type: ignore[operator]
     total = 0.0
     for name, module in model.named_modules():
+        weight = packed(module)
+        if weight is not None:
+            total += weight.code_bytes * (1 - shares.get(name, 0.0))
+            total += weight.scale_bytes * (1 - idle.get(name, 0.0))
         for kind, parameter in module.named_parameters(recurse=False):
             size = parameter.numel() * parameter.element_size()
             if isinstance(module, nn.Embedding):
                 total += size / module.num_embeddings
+            elif kind == "weight" and packed(module) is not None:
+                continue
             elif kind == "weight" and (name in linears or module is head):
                 total += size * (1 - shares.get(name, 0.0))
             else:
@@ -389,8 +427,10 @@ def _cache_bytes(model: PreTrainedModel, settings: BenchSettings) -> float:
     return float(2 * heads * size * positions * model.dtype.itemsize)
 
 
-def _summary(name: str, times: list[float] | None, text: str, settings: BenchSettings) -> Baseline:
-    same = not name.endswith("q8_0")
+def _summary(
+    name: str, times: list[float] | None, text: str, settings: BenchSettings, bits: int | None
+) -> Baseline:
+    same = bits == LLAMA_BITS.get(name, bits)
     if not times:
         return Baseline(name=name, tokens_per_second=None, same_precision=same, note=text)
     seconds = statistics.median(times)

@@ -168,6 +168,8 @@ def calibrate(
                     state.step(number + 1)
         if state.stage == "gradients":
             state.finish_stage("scores")
+        if settings.gradient:
+            sites = _reached(sites, state.sums)
 
         gradients = gradient_rms(sites, state.sums)
         facts = {
@@ -221,6 +223,18 @@ def _sites(model: PreTrainedModel) -> list[Site]:
         left = [site.name for site in sites if site not in called]
         note(f"no forward pass calls {left[0]} and {len(left) - 1} others: they stay dense")
     return called
+
+
+def _reached(sites: list[Site], sums: Sums) -> list[Site]:
+    """Return the linears that gradients reach, and those of experts, which lean on each other.
+
+    What only chooses (the index of a sparse attention) has no gradient, so that nothing says what
+    dropping its inputs costs.
+    """
+    left = [x for x in sites if x.expert is None and f"gradient/{x.name}" not in sums]
+    if left:
+        note(f"no gradient reaches {left[0].name} and {len(left) - 1} others: they stay dense")
+    return [site for site in sites if site not in left]
 
 
 def _report_experts(statistics: Sequence[LinearStatistics], tokens: int) -> None:

@@ -17,6 +17,8 @@ from wina.cli import options
 from wina.errors import UsageError
 from wina.models import identify
 from wina.models.loading import DTYPES, resolve_device
+from wina.models.quantize import check_quantize
+from wina.models.quantize import quantize as quantize_model
 from wina.plan import Plan
 from wina.progress import note
 
@@ -44,6 +46,7 @@ def bench_command(
     ] = 32,
     device: options.Device = "auto",
     dtype: options.Dtype = "bfloat16",
+    quantize: options.Quantize = None,
     seed: options.Seed = 0,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -60,6 +63,8 @@ def bench_command(
         wina bench --device cpu --threads 1 --sparsities 0.5,0.65
 
         wina bench --config llama-3.2-1b --device cpu --threads 2 --json
+
+        wina bench --quantize int4 --device cpu --threads 2
 
         wina bench --config llama-3-8b --device cuda --context 8192
     """
@@ -88,7 +93,9 @@ def bench_command(
     if threads:
         torch.set_num_threads(threads)
     report = (
-        _bench_config(config, settings, method, allocation, include_head, dtype, place, seed)
+        _bench_config(
+            config, settings, method, allocation, include_head, (dtype, quantize), place, seed
+        )
         if config is not None
         else _bench_model(
             model,
@@ -96,7 +103,7 @@ def bench_command(
             method,
             allocation,
             include_head,
-            (dtype, device, revision, trust_remote_code),
+            (dtype, device, revision, trust_remote_code, quantize),
             seed,
         )
     )
@@ -112,12 +119,17 @@ def _bench_config(
     method: str,
     allocation: str | None,
     include_head: bool,
-    dtype: str,
+    weights: tuple[str, str | None],
     device: torch.device,
     seed: int,
 ) -> BenchReport:
     note(f"random weights of {config}")
+    dtype, quantize = weights
+    scheme = check_quantize(quantize)
     model = random_model(config, DTYPES[dtype], device, seed)
+    if scheme is not None:
+        quantize_model(model, scheme)
+        config = f"{config}, {scheme}"
     calibration = random_calibration(model, config, seed)
 
     def plan_for(sparsity: float) -> Plan:
@@ -141,7 +153,7 @@ def _bench_model(
     method: str,
     allocation: str | None,
     include_head: bool,
-    source: tuple[str, str, str | None, bool],
+    source: tuple[str, str, str | None, bool, str | None],
     seed: int,
 ) -> BenchReport:
     loaded = options.load(model, *source)

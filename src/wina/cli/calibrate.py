@@ -52,6 +52,7 @@ def calibrate(
     ] = True,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     seed: options.Seed = 0,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -89,7 +90,7 @@ def calibrate(
         sources.append(SelfText(seed=seed, **size))
     source = sources[0] if len(sources) == 1 else MixedText(tuple(sources))
     check_replaceable(output, DOCUMENT)
-    loaded = options.load(model, dtype, device, revision, trust_remote_code)
+    loaded = options.load(model, dtype, device, revision, trust_remote_code, quantize)
     calibration = run_calibration(
         loaded.model,
         loaded.tokenizer,

@@ -32,6 +32,7 @@ def chat(
     top_p: TopP = 0.9,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     compile_step: options.Compile = None,
     seed: options.Seed = 0,
     revision: options.Revision = None,
@@ -47,7 +48,7 @@ def chat(
     options.check_request(sparsity, method, allocation, selection)
     sampling = Sampling(temperature, top_p, seed)
     found, statistics = options.load_artifacts(plan, calibration)
-    loaded = options.load(model, dtype, device, revision, trust_remote_code)
+    loaded = options.load(model, dtype, device, revision, trust_remote_code, quantize)
     if not getattr(loaded.tokenizer, "chat_template", None):
         raise UsageError(f"{loaded.name} has no chat template; use wina run --raw")
     artifact = found or statistics

@@ -58,6 +58,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Requests of equal length at once.")] = 8,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     seed: options.Seed = 0,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -91,7 +92,7 @@ def evaluate(
     found_plan, found_calibration = options.load_artifacts(plan, calibration)
     if found_plan is not None and sweep is not None:
         raise UsageError("a plan has one sparsity; use --calibration with --sweep")
-    loaded = options.load(model, dtype, device, revision, trust_remote_code)
+    loaded = options.load(model, dtype, device, revision, trust_remote_code, quantize)
     artifact = found_plan or found_calibration
     if artifact is not None:
         artifact.document.model.check(identify(loaded.model, loaded.name))

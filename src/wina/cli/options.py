@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -17,6 +18,10 @@ from wina.errors import UsageError
 from wina.evaluation import Limits, recommend
 from wina.generation import Mode
 from wina.models import LoadedModel, identify, load_model
+from wina.models.gguf import keep_codes
+from wina.models.loading import gguf_file
+from wina.models.quantize import check_quantize
+from wina.models.quantize import quantize as quantize_model
 from wina.plan import Plan
 from wina.progress import note
 from wina.selection import check_selection, check_sparsity
@@ -34,6 +39,13 @@ Model = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto is CUDA if there.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        help="Quantize the weights with torchao: int8, int4 (groups of 32), int4-g64, int4-g128; "
+        "the head becomes int8. Or gguf: keep the codes of a GGUF file (Q4_0, Q4_1, Q8_0)."
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of sampling and of the model's own text.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Sparsity = Annotated[float, typer.Option(help="Share of weights not touched, in [0, 1).")]
@@ -88,17 +100,32 @@ TrustRemoteCode = Annotated[
 
 
 def load(
-    model: str | None, dtype: str, device: str, revision: str | None, trust_remote_code: bool
+    model: str | None,
+    dtype: str,
+    device: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    quantize: str | None = None,
 ) -> LoadedModel:
-    """Load the model that the options name, saying so."""
+    """Load the model that the options name, saying so, and quantize it if asked to."""
+    codes = quantize == "gguf"
+    scheme = None if codes else check_quantize(quantize)
+    file = gguf_file(model) if codes else None
     note(f"loading {model or 'the embedded model'}")
-    return load_model(
+    loaded = load_model(
         model,
         dtype=dtype,
         device=device,
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
+    if file is not None:
+        note(f"keeping the codes of {keep_codes(loaded.model, file)} linears")
+    if scheme is None:
+        return loaded
+    note(f"quantizing to {scheme}")
+    quantize_model(loaded.model, scheme)
+    return replace(loaded, name=f"{loaded.name}, {scheme}")
 
 
 def check_request(

@@ -43,6 +43,7 @@ def plan(
     ] = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
@@ -89,7 +90,7 @@ def plan(
     method = method or options.default_criterion(found)
     loaded = None
     if model is not None:
-        loaded = options.load(model, dtype, device, revision, trust_remote_code)
+        loaded = options.load(model, dtype, device, revision, trust_remote_code, quantize)
         found.document.model.check(identify(loaded.model, loaded.name))
     if preset is not None:
         assert loaded is not None

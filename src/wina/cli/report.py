@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from wina.models import identify
 from wina.plan import Plan
 from wina.progress import note
 from wina.report import ReportSettings, make_report, render
-from wina.report.measure import BASELINES, PROMPTS
+from wina.report.measure import BASELINES, PROMPTS, Found
 from wina.report.plots import check_plots
 from wina.selection import check_sparsity
 from wina.tuning import TUNED
@@ -154,12 +155,14 @@ def report(
             "threshold",
             include_head,
         )
-        how = "the highest sparsity whose 95 % upper bound keeps it on held-out text (bisection)"
-        recommended = made, how
+        words = ["--max-perplexity-increase", max_increase] if max_increase is not None else []
+        words += [] if max_kl is None else ["--max-kl", f"{max_kl:g}"]
+        recommended = Found(made, shlex.join([*words, "--method", made.document.method]))
     result = make_report(
         loaded,
         plans,
         settings,
+        uses=[f"--plan {shlex.quote(source)}" for source in plan] if plan else None,
         tasks=found_tasks,
         recommended=recommended,
         limits=allowed,

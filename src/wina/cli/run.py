@@ -59,6 +59,7 @@ def run(
     ] = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     compile_step: options.Compile = None,
     seed: options.Seed = 0,
     revision: options.Revision = None,
@@ -91,7 +92,7 @@ def run(
     if max_new_tokens < 1:
         raise UsageError(f"max-new-tokens must be at least 1; got {max_new_tokens}")
     found, statistics = options.load_artifacts(plan, calibration)
-    loaded = options.load(model, dtype, device, revision, trust_remote_code)
+    loaded = options.load(model, dtype, device, revision, trust_remote_code, quantize)
     artifact = found or statistics
     if artifact is not None:
         artifact.document.model.check(identify(loaded.model, loaded.name))

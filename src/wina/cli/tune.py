@@ -52,6 +52,7 @@ def tune(
     ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     seed: options.Seed = 0,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -74,7 +75,7 @@ def tune(
     check_replaceable(output, DOCUMENT)
     found = Calibration.load(calibration)
     first = None if start is None else Plan.load(start)
-    loaded = options.load(model, dtype, device, revision, trust_remote_code)
+    loaded = options.load(model, dtype, device, revision, trust_remote_code, quantize)
     found.document.model.check(identify(loaded.model, loaded.name))
     if first is None:
         first = make_plan(

@@ -57,7 +57,8 @@ def decode_mask(*args: Any, **options: Any) -> Tensor | None:
     """Return sdpa's mask, never leaving it out: a static cache holds positions not yet filled."""
     options["allow_is_causal_skip"] = False
     found: Tensor | None = sdpa_mask(*args, **options)
-    return found
+    # A tensor of its own: a view of it would be copied anew for each layer when compiled.
+    return None if found is None else found.clone(memory_format=torch.contiguous_format)
 
 
 @contextmanager

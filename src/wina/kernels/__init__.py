@@ -9,13 +9,17 @@ from wina.kernels.ops import (
     sparse_linear,
     sparse_linears,
 )
+from wina.kernels.quantized import QuantizedWeight, pack, quantized_linear
 
 __all__ = [
+    "QuantizedWeight",
     "active_backend",
     "available_backends",
     "decode_attention",
     "dense_linear",
     "most_likely",
+    "pack",
+    "quantized_linear",
     "sparse_gated_mlp",
     "sparse_linear",
     "sparse_linears",

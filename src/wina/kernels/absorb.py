@@ -32,10 +32,28 @@ def absorb(module: GraphModule) -> None:
         elif node.target in (OPS.sparse_linears, OPS.sparse_linears.default):
             _take(node, *node.args[1:4], single=False)
         elif node.target in (OPS.sparse_gated_mlp, OPS.sparse_gated_mlp.default):
-            _take_mlp(node)
+            weights, thresholds = list(node.args[1:4]), list(node.args[4:7])
+            rest = (node.args[7], node.args[8], OPS.fused_gated_mlp)
+            _take_mlp(node, weights, thresholds, *rest)
+        elif node.target in (OPS.quantized_linear, OPS.quantized_linear.default):
+            arguments = (list(node.args[1]), list(node.args[2:3]), node.args[3])
+            _take(node, *arguments, single=True, fused=OPS.quantized_linears)
+        elif node.target in (OPS.quantized_linears, OPS.quantized_linears.default):
+            _take(node, *node.args[3:6], single=False, fused=OPS.quantized_linears)
+        elif node.target in (OPS.quantized_gated_mlp, OPS.quantized_gated_mlp.default):
+            weights, thresholds, activation, biases = node.args[3:7]
+            _take_mlp(node, weights, thresholds, activation, biases, OPS.quantized_gated_mlp)
 
 
-def _take(node: Any, weights: Any, thresholds: Any, biases: Any, *, single: bool) -> None:
+def _take(
+    node: Any,
+    weights: Any,
+    thresholds: Any,
+    biases: Any,
+    *,
+    single: bool,
+    fused: Any = OPS.fused_linears,
+) -> None:
     norm = _norm(node)
     add, residual = _sum(node) if single else (None, None)
     if norm is None and add is None:
@@ -44,12 +62,14 @@ def _take(node: Any, weights: Any, thresholds: Any, biases: Any, *, single: bool
     graph = node.graph
     with graph.inserting_before(node):
         arguments = (x, _list(weight), epsilon, weights, thresholds, biases, _list(residual))
-        call = graph.call_function(OPS.fused_linears, arguments)
+        call = graph.call_function(fused, arguments)
         result = graph.call_function(operator.getitem, (call, 0)) if single else call
     _replace(node, result, add, chain)
 
 
-def _take_mlp(node: Any) -> None:
+def _take_mlp(
+    node: Any, weights: Any, thresholds: Any, activation: Any, biases: Any, fused: Any
+) -> None:
     norm = _norm(node)
     add, residual = _sum(node)
     x, weight, epsilon, chain = norm or (node.args[0], None, 0.0, [])
@@ -59,13 +79,13 @@ def _take_mlp(node: Any) -> None:
             x,
             _list(weight),
             epsilon,
-            list(node.args[1:4]),
-            list(node.args[4:7]),
-            node.args[7],
-            node.args[8],
+            weights,
+            thresholds,
+            activation,
+            biases,
             _list(residual),
         )
-        call = graph.call_function(OPS.fused_gated_mlp, arguments)
+        call = graph.call_function(fused, arguments)
     _replace(node, call, add, chain)
 
 

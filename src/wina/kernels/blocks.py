@@ -27,6 +27,8 @@ from wina.kernels.cpu import library
 OPS = torch.ops.wina
 ADD = (operator.add, torch.add)
 MULTIPLY = (operator.mul, torch.mul)
+LINEARS = (OPS.fused_linears, OPS.quantized_linears)
+MLPS = (OPS.fused_gated_mlp, OPS.quantized_gated_mlp)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _numbers = itertools.count(1)
 
@@ -190,7 +192,7 @@ def _is_fixed(node: Any, members: set[Any], dtype: torch.dtype) -> bool:
 
 def _block(qkv: Any) -> _Block | None:
     """Return the block that begins with a node, or None."""
-    if qkv.target != OPS.fused_linears or len(qkv.args[3]) != 3:
+    if qkv.target not in LINEARS or len(qkv.args[4]) != 3:
         return None
     x, norm, epsilon, weights, thresholds, biases, residual = qkv.args
     like = x.meta.get("example_value") if _is_node(x) else None
@@ -215,7 +217,7 @@ def _block(qkv: Any) -> _Block | None:
         return None
     members.add(attention)
     out = _mixed(attention, members)
-    if out is None or out.target != OPS.fused_linears or len(out.args[3]) != 1:
+    if out is None or out.target not in LINEARS or len(out.args[4]) != 1:
         return None
     if out.args[1] or list(out.args[6]) != [x]:
         return None
@@ -225,7 +227,7 @@ def _block(qkv: Any) -> _Block | None:
         return None
     members.add(y)
     mlp = _only_user(y)
-    if mlp is None or mlp.target != OPS.fused_gated_mlp:
+    if mlp is None or mlp.target not in MLPS:
         return None
     if mlp.args[0] is not y or len(mlp.args[1]) != 1 or list(mlp.args[7]) != [y]:
         return None

@@ -2,7 +2,8 @@
 
 It works on the graph that torch.compile traced, so a model's structure is read off what it
 computes, and no module or family is named: operators that share an input become one
-``sparse_linears``, and down(act(gate(x)) * up(x)) becomes ``sparse_gated_mlp``. On the CPU dense
+``sparse_linears``, and down(act(gate(x)) * up(x)) becomes ``sparse_gated_mlp`` (or those of
+quantized weights). On the CPU dense
 linears of a few rows (the head) become ``dense_linear``; norms before and residuals after the
 sparse operators move into them (wina.kernels.absorb). The fused
 operators compute the same sums in the same order; only the activation is the kernel's own, equal
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,7 +25,8 @@ from wina.kernels.absorb import absorb
 from wina.kernels.backends import available_backends
 from wina.kernels.dense import use_dense
 
-LINEAR = torch.ops.wina.sparse_linear
+OPS = torch.ops.wina
+LINEAR, QUANTIZED = OPS.sparse_linear, OPS.quantized_linear
 ADD = {operator.add, torch.add}
 DENSE = {functional.linear, torch._C._nn.linear}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -43,7 +46,7 @@ def fuse(module: GraphModule) -> GraphModule:
     groups: dict[Any, list[Any]] = {}
     for node in order:
         if _is_sparse(node):
-            groups.setdefault(node.args[0], []).append(node)
+            groups.setdefault((node.args[0], is_quantized(node)), []).append(node)
     for group in groups.values():
         _fuse_group(group, order)
     if _has_fused(module):
@@ -62,7 +65,13 @@ def _is_node(node: Any) -> bool:
 
 
 def _is_sparse(node: Any) -> bool:
-    return _is_node(node) and node.target in (LINEAR, LINEAR.default)
+    kinds = (LINEAR, LINEAR.default, QUANTIZED, QUANTIZED.default)
+    return _is_node(node) and node.target in kinds
+
+
+def is_quantized(node: Any) -> bool:
+    """Return whether a sparse linear's weight is quantized: three tensors, not one."""
+    return node.target in (QUANTIZED, QUANTIZED.default)
 
 
 def _use_rows_kernel(node: Any) -> None:
@@ -99,8 +108,14 @@ def _fuse_group(group: list[Any], order: dict[Any, int]) -> None:
     x, graph = first.args[0], first.graph
     with graph.inserting_before(first):
         weights, thresholds = ([node.args[i] for node in group] for i in (1, 2))
-        arguments = (x, weights, thresholds, _packed_biases(group))
-        call = graph.call_function(torch.ops.wina.sparse_linears, arguments)
+        biases = _packed_biases(group)
+        if is_quantized(first):
+            flat = [*chain(*weights)]
+            call = graph.call_function(
+                OPS.quantized_linears, (x, [], 0.0, flat, thresholds, biases, [])
+            )
+        else:
+            call = graph.call_function(OPS.sparse_linears, (x, weights, thresholds, biases))
         for index, node in enumerate(group):
             node.replace_all_uses_with(graph.call_function(operator.getitem, (call, index)))
     _erase(*group)
@@ -123,15 +138,22 @@ def _fuse_mlp(down: Any) -> None:
         return
     activated, up, activation = found
     gate = activated.args[0]
-    if gate.args[0] is not up.args[0]:
-        return
     projections = (gate, up, down)
+    if gate.args[0] is not up.args[0] or len({is_quantized(x) for x in projections}) > 1:
+        return
     graph = down.graph
     with graph.inserting_before(down):
         weights, thresholds = ([node.args[i] for node in projections] for i in (1, 2))
         biases = _packed_biases(projections)
-        arguments = (gate.args[0], *weights, *thresholds, activation, biases)
-        call = graph.call_function(torch.ops.wina.sparse_gated_mlp, arguments)
+        x = gate.args[0]
+        if is_quantized(down):
+            flat = [*chain(*weights)]
+            call = graph.call_function(
+                OPS.quantized_gated_mlp, (x, [], 0.0, flat, thresholds, activation, biases, [])
+            )
+        else:
+            arguments = (x, *weights, *thresholds, activation, biases)
+            call = graph.call_function(OPS.sparse_gated_mlp, arguments)
         down.replace_all_uses_with(call)
     _erase(down, product, activated, gate, up)
 

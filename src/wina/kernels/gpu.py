@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from wina.kernels import backends, cuda, triton
 
 CUDA, TRITON = "cuda", "triton"
+MOST_PARTS, FEWEST_PARTS = 512, 16  # of a vocabulary, each looked at by one block
 
 
 def fused_linears(
@@ -86,6 +88,21 @@ def decode_attention(
     return result
 
 
+def most_likely(logits: Tensor) -> Tensor:
+    """Return ``logits.argmax(-1)``, the first of equals as there, in two rounds.
+
+    torch gives a whole row to one block, which takes 27 us for 128,256 logits on an H100, as long
+    as reading 80 MB of weights.
+    """
+    *rows, vocabulary = logits.shape
+    parts = math.gcd(vocabulary, MOST_PARTS)
+    if parts < FEWEST_PARTS:
+        return logits.argmax(-1)
+    highest, places = logits.reshape(*rows, parts, vocabulary // parts).max(-1)
+    part = highest.argmax(-1, keepdim=True)
+    return (part * (vocabulary // parts) + places.gather(-1, part)).squeeze(-1)
+
+
 def skips(x: Tensor, outputs: Sequence[int], *, gated: bool) -> bool:
     """Return whether the kernels skip rows for this many rows of x; fake tensors serve too.
 
@@ -108,6 +125,7 @@ def register() -> None:
         "sparse_linears": sparse_linears,
         "sparse_gated_mlp": sparse_gated_mlp,
         "decode_attention": decode_attention,
+        "most_likely": most_likely,
     }
     for name, implementation in implementations.items():
         torch.library.impl(f"wina::{name}", "CUDA", implementation)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from wina.errors import UsageError
-from wina.kernels import backends, reference
+from wina.kernels import backends, quantized, reference
 
 NAMESPACE = "wina"
 
@@ -307,4 +307,5 @@ def _define() -> None:
 
 
 _define()
+quantized.define()
 backends.load_own()

@@ -95,7 +95,7 @@ def dequantized(module: nn.Module) -> Tensor:
 def probed(module: nn.Module) -> Tensor:
     """Return W, shape (out_features, in_features), float32, from the forward alone."""
     width = shape_of(module)[1]
-    dtype = _dtype(module)
+    dtype = dtype_of(module)
     zero = torch.zeros(1, width, dtype=dtype, device=device_of(module))
     forward = forward_of(module)
     constant = forward(zero).float()
@@ -118,7 +118,7 @@ def check_computes(name: str, module: nn.Module, weight: Tensor) -> None:
     """
     device = device_of(module)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, weight.shape[1], generator=generator).to(device, _dtype(module))
+    x = torch.randn(4, weight.shape[1], generator=generator).to(device, dtype_of(module))
     forward = forward_of(module)
     zero = forward(torch.zeros_like(x[:1])).float()
     wanted = x.float() @ weight.to(device).float().T
@@ -174,7 +174,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _gives_gradients(module: nn.Module) -> bool:
-    x = torch.zeros(1, shape_of(module)[1], dtype=_dtype(module), device=device_of(module))
+    x = torch.zeros(1, shape_of(module)[1], dtype=dtype_of(module), device=device_of(module))
     x.requires_grad_()
     try:
         with torch.enable_grad():
@@ -185,7 +185,7 @@ def _gives_gradients(module: nn.Module) -> bool:
     return found is not None and bool((found != 0).any())
 
 
-def _dtype(module: nn.Module) -> torch.dtype:
+def dtype_of(module: nn.Module) -> torch.dtype:
     """Return a dtype of inputs that the module takes."""
     device, width = device_of(module), shape_of(module)[1]
     error: Exception | None = None

@@ -14,14 +14,19 @@ from wina.kernels import available_backends
 from wina.kernels.cpu import ensure_crossover
 from wina.kernels.cpu.library import Arena, input_major
 from wina.layers.experts import SparseExpertLinear, store_input_major
+from wina.layers.foreign import device_of
 from wina.layers.linear import RowsLinear, SparseLayer, matrix, sparse_layers
+from wina.layers.masked import MaskedLayer, pack_head, pack_layer
+from wina.layers.quantized import packed
 
 
 def lay_out_for_decode(model: nn.Module) -> None:
     """Store the sparse layers' weights input-major, in place, where a kernel gains by it.
 
     That is where compiled kernels run: on the CPU, or on a GPU. One layer's weight is copied at a
-    time. A dense head on the CPU decodes with wina's kernel too, in its own layout.
+    time. A dense head on the CPU decodes with wina's kernel too, in its own layout. Of layers and
+    heads that another library quantized, codes and scales are copied: prompts go through the
+    library's own weights.
 
     Args:
         model: sparse.
@@ -34,13 +39,19 @@ def lay_out_for_decode(model: nn.Module) -> None:
         return
     arena = Arena()
     for _, layer in sparse_layers(model):
-        runnable = layer.kernels and layer.active and layer.keep is None
+        if isinstance(layer, MaskedLayer) and layer.keep is None:
+            if layer.vector.device.type in devices:
+                pack_layer(layer, arena)
+            continue
+        runnable = layer.kernels and layer.active and layer.keep is None and not packed(layer)
         if runnable and matrix(layer).device.type in devices:
             _store(layer, arena)
-    if "cpu" not in devices:
-        return
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
+    if isinstance(head, nn.Module) and device_of(head).type in devices:
+        pack_head(head, arena)
+    if "cpu" not in devices:
+        return
     if type(head) is nn.Linear and head.weight.device.type == "cpu":
         head.__class__ = RowsLinear  # its weight stays as it is: it may be the embeddings' too
 

@@ -19,6 +19,8 @@ from wina.errors import UsageError
 from wina.kernels import dense_linear, sparse_linear
 from wina.layers.foreign import dequantized, is_foreign, shape_of
 from wina.layers.phase import Phase
+from wina.layers.quantized import NO_THRESHOLDS, multiply
+from wina.layers.quantized import drop as drop_codes
 from wina.selection import Selection, oracle_mask, random_mask, threshold_mask, topk_mask
 
 FEW = 16  # rows up to which a dense call on an input-major weight goes to wina's kernel
@@ -72,6 +74,10 @@ class SparseLayer(nn.Module):
             x: inputs, shape (..., in_features).
         """
         rows = self.phase.rows
+        if rows is True and self.keep is None:
+            found = multiply(self, x, self.vector, self._decode_bias())
+            if found is not None:
+                return found
         if rows is False or not self.active:
             return self._dense(x)
         if rows is True and self.keep is None and self.kernels:
@@ -140,6 +146,10 @@ class RowsLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W x + b."""
+        vector = self._buffers.get(NO_THRESHOLDS)
+        found = None if vector is None else multiply(self, x, vector, self.bias)
+        if found is not None:
+            return found
         if x.device.type == "cpu" and _are_few(x):
             return dense_linear(x, self.weight, self.bias)
         return super().forward(x)
@@ -287,6 +297,8 @@ def make_dense(module: SparseLayer) -> None:
     """Turn a sparse layer back into what it was, in place."""
     delattr(module, module.vector_name)
     del module.sparse_bias
+    if not module.kernels:
+        drop_codes(module)
     for name in ("selection", "keep", "phase", "active"):
         delattr(module, name)
     weight = module._parameters.get("weight")

@@ -1,19 +1,23 @@
-"""The sparse form of linears that wina cannot compute itself: a gate in front of their forward.
+"""The sparse form of linears that another library keeps: a gate in front of their forward.
 
 Models quantized by other libraries are run this way: the input is masked and their own module
-called, unchanged. It says what a plan costs in quality. It saves no time, since their kernels read
-every weight.
+called, unchanged. That alone says what a plan costs in quality and saves no time, since their
+kernels read every weight. Where the weight is made of 8- or 4-bit codes and scales,
+``lay_out_for_decode`` keeps a copy of those (wina.layers.quantized), and wina's kernels decode with
+it, reading live channels alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from wina.kernels.cpu import Arena
 from wina.layers.foreign import is_foreign
 from wina.layers.linear import FALLBACKS, SparseLayer
+from wina.layers.quantized import NO_THRESHOLDS, drop, multiply, packed, read, store, store_dense
 from wina.selection import threshold_mask
 
 
@@ -24,13 +28,14 @@ class _Gate:
     data descriptor, what they put on the object does not hide it.
     """
 
-    def __get__(self, layer: MaskedLayer | None, owner: type[MaskedLayer]) -> Callable[..., Any]:
-        return owner.dense_class.forward if layer is None else layer.gated
+    def __get__(self, layer: Any, owner: Any) -> Callable[..., Any]:
+        found: Callable[..., Any] = owner.dense_class.forward if layer is None else layer.gated
+        return found
 
-    def __set__(self, layer: MaskedLayer, forward: Callable[..., Any]) -> None:
+    def __set__(self, layer: nn.Module, forward: Callable[..., Any]) -> None:
         vars(layer)["forward"] = forward
 
-    def __delete__(self, layer: MaskedLayer) -> None:
+    def __delete__(self, layer: nn.Module) -> None:
         del vars(layer)["forward"]
 
 
@@ -43,6 +48,12 @@ class MaskedLayer(SparseLayer):
     def gated(self, x: Tensor) -> Tensor:
         """Return what the module makes of the masked input; see SparseLayer.forward."""
         return SparseLayer.forward(self, x)
+
+    def _decode_bias(self) -> Tensor | None:
+        own: Tensor | None = getattr(self, "bias", None)
+        if self.sparse_bias is None or own is None:
+            return own if self.sparse_bias is None else self.sparse_bias
+        return own + self.sparse_bias
 
     def mask(self, x: Tensor) -> Tensor:
         """Return True for the channels of ``x`` (..., in_features) that stay in sparse mode."""
@@ -57,6 +68,53 @@ class MaskedLayer(SparseLayer):
         own = vars(self).get("forward")
         y: Tensor = self.dense_class.forward(self, x) if own is None else own(x)
         return y
+
+
+class PackedLinear(nn.Module):
+    """A dense foreign linear (the head) whose few rows wina's kernels compute from its codes."""
+
+    dense_class: ClassVar[type[nn.Module]]
+    forward = _Gate()
+
+    def gated(self, x: Tensor) -> Tensor:
+        """Return W x + b."""
+        vector, bias = self.get_buffer(NO_THRESHOLDS), getattr(self, "bias", None)
+        found = multiply(self, x, vector, bias)
+        if found is not None:
+            return found
+        own = vars(self).get("forward")
+        y: Tensor = self.dense_class.forward(self, x) if own is None else own(x)
+        return y
+
+
+def pack_layer(layer: MaskedLayer, arena: Arena) -> bool:
+    """Keep a masked layer's codes for the kernels; return whether it is made of codes."""
+    if packed(layer) is None:
+        weight = read(layer, arena)
+        if weight is None:
+            return False
+        store(layer, weight)
+    return True
+
+
+def pack_head(head: nn.Module, arena: Arena) -> None:
+    """Let the kernels decode with a dense foreign linear, in place, if it is made of codes."""
+    if not is_foreign(head):
+        return
+    weight = read(head, arena)
+    if weight is None:
+        return
+    dense = type(head)
+    members = {"dense_class": dense, "__module__": __name__}
+    head.__class__ = type(f"Packed{dense.__name__}", (PackedLinear, dense), members)
+    store_dense(head, weight)
+
+
+def unpack_head(head: nn.Module) -> None:
+    """Undo ``pack_head``."""
+    if isinstance(head, PackedLinear):
+        drop(head)
+        head.__class__ = head.dense_class  # type: ignore[assignment]
 
 
 _classes: dict[type[nn.Module], type[MaskedLayer]] = {}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from wina.layers.linear import SparseLayer, align, features, matrix, sparse_layers
 from wina.layers.phase import Phase
+from wina.layers.quantized import packed
 from wina.layers.swap import densify, phase_of, sparsify
 from wina.plan import Plan
 
@@ -43,6 +44,8 @@ class SparsityCounter:
         self._shape: dict[str, tuple[int, int]] = {}
         self._skips: dict[str, int] = {}  # weights of another linear that a channel saves
         self._free: dict[str, Tensor] = {}  # kept channels whose column of W is zero
+        self._idle: dict[str, Tensor] = {}  # groups of a quantized weight without a kept channel
+        self._groups: dict[str, int] = {}
 
     def __enter__(self) -> SparsityCounter:
         phase = phase_of(self._model)
@@ -50,6 +53,8 @@ class SparsityCounter:
         for name, layer in sparse_layers(self._model):
             self._shape[name] = features(layer)
             self._skips[name] = getattr(layer, "skips", ("", 0))[1]
+            weight = packed(layer)
+            self._groups[name] = 0 if weight is None else len(weight.scales)
             self._handles.append(layer.register_forward_pre_hook(self._observer(name, phase)))
         return self
 
@@ -80,6 +85,12 @@ class SparsityCounter:
                 if counted is not None:
                     kept = kept & counted
                 total = seen * x.shape[-1] - kept.sum()
+                if self._groups[name]:
+                    grouped = kept.reshape(
+                        -1, self._groups[name], x.shape[-1] // self._groups[name]
+                    )
+                    idle = seen * self._groups[name] - grouped.any(-1).sum()
+                    self._idle[name] = self._idle.get(name, torch.tensor(0)) + idle.cpu()
                 if layer.has_zero_columns:
                     free = (kept & (matrix(layer) == 0).all(0)).sum()
                     self._free[name] = self._free.get(name, torch.tensor(0)) + free.cpu()
@@ -93,6 +104,13 @@ class SparsityCounter:
         return {
             name: int(total) / max(1, self._rows[name] * self._shape[name][0])
             for name, total in self._dropped.items()
+        }
+
+    def idle_groups(self) -> dict[str, float]:
+        """Return the share of groups of quantized weights whose scales were not read either."""
+        return {
+            name: int(idle) / max(1, self._rows[name] * self._groups[name])
+            for name, idle in self._idle.items()
         }
 
     @property

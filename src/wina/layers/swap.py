@@ -19,6 +19,7 @@ from wina.layers.linear import (
     set_vectors,
     sparse_layers,
 )
+from wina.layers.masked import unpack_head
 from wina.layers.phase import Phase
 from wina.layers.watch import Watch
 from wina.plan import Plan, PlanDocument
@@ -125,6 +126,7 @@ def densify(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is RowsLinear:
             module.__class__ = nn.Linear  # type: ignore[assignment]
+        unpack_head(module)
 
 
 def phase_of(model: nn.Module) -> Phase | None:

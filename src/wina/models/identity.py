@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from wina.layers.foreign import plain_weight
 from wina.layers.linear import is_read_by_others, sparse_layers
+from wina.layers.quantized import BUFFERS
 from wina.plan import ModelIdentity
 
 CONFIG_KEYS = (
@@ -80,7 +81,8 @@ def _weights_hash(model: nn.Module) -> str:
     if _is_quantized(model):
         # Not state_dict: asking for it makes some of them convert their weights, with losses.
         ours = {f"{name}.{layer.vector_name}" for name, layer in sparse_layers(model)}
-        ours |= {f"{name}.sparse_bias" for name, _ in sparse_layers(model)}
+        extra = ("sparse_bias", *BUFFERS)
+        ours |= {f"{name}.{buffer}" for name, _ in sparse_layers(model) for buffer in extra}
         kept = {name for name, module in model.named_modules() if is_read_by_others(module)}
         tensors += sorted(
             (name, buffer)

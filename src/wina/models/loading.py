@@ -185,6 +185,18 @@ def resolve_device(device: str) -> torch.device:
     return place
 
 
+def gguf_file(source: str | None) -> Path:
+    """Return the GGUF file that ``load_model`` reads for a source.
+
+    Raises:
+        UsageError: it reads another kind of checkpoint.
+    """
+    name, folder, file = _locate(source)
+    if file is None:
+        raise UsageError(f"{name!r} is not a GGUF file, whose codes could be kept")
+    return Path(folder) / file
+
+
 def _locate(source: str | None) -> tuple[str, str, str | None]:
     """Return the name for people, the folder or hub id, and the GGUF file in it, if any."""
     if source is None or source == DEMO:

@@ -13,9 +13,14 @@ from wina.evaluation.tasks import TasksEvaluation
 
 
 class PlanNote(BaseModel):
-    """What the page calls a plan, and where it came from."""
+    """What the page calls a plan, how it is used, and where it came from.
+
+    Attributes:
+        use: options of ``wina run`` that run the model under it.
+    """
 
     name: str
+    use: str
     calibration: dict[str, str | int | float | bool | None] = {}
 
 
@@ -116,5 +121,5 @@ class Report(BaseModel):
     operators: Roofline | None = None
     scores: ScoreHistograms | None = None
     samples: list[Sample] = []
-    recommendation: Recommendation | None = None
+    recommendation: Recommendation
     notes: list[str] = []

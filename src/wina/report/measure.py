@@ -48,6 +48,8 @@ PROMPTS = (
     "What is the difference between a list and a tuple in Python?",
 )
 INCREASE = 0.05  # of perplexity, that a recommendation may cost where no limit is given
+HOW_FOUND = "the highest sparsity whose 95 % upper bound keeps it on held-out text (bisection)"
+HOW_JUDGED = "the most sparse of these plans whose 95 % upper bound on the scored text keeps it"
 BASELINES = ("own-compiled", "prepacked")
 SCORED_WINDOWS = 2  # whose scores the histograms count
 LOWEST, HIGHEST = -8, 6  # octaves of the histograms' edges around the threshold
@@ -89,6 +91,14 @@ class ReportSettings:
             raise UsageError("tokens of an answer and rounds must be at least 1")
 
 
+@dataclass(frozen=True)
+class Found:
+    """A plan that was looked for to keep limits, and the options of ``wina run`` that use it."""
+
+    plan: Plan
+    use: str
+
+
 class _Samples(BaseModel):
     samples: list[Sample]
 
@@ -98,8 +108,9 @@ def make_report(
     plans: Sequence[Plan],
     settings: ReportSettings,
     *,
+    uses: Sequence[str] | None = None,
     tasks: Tasks | None = None,
-    recommended: tuple[Plan, str] | None = None,
+    recommended: Found | None = None,
     limits: Limits | None = None,
     output: Path | None = None,
     command: str = "",
@@ -110,8 +121,9 @@ def make_report(
         loaded: the model, dense; dense again at the end.
         plans: with threshold selection, for the same linears; at least one.
         settings: what is measured.
+        uses: options of ``wina run`` for each plan; None says its sparsity and method.
         tasks: to score, from ``check_tasks``.
-        recommended: a plan that was found for ``limits``, and how; it joins ``plans``.
+        recommended: a plan that was found for ``limits``; it joins ``plans``.
         limits: what a recommended plan may lose; without a plan found for them, the most sparse
             of ``plans`` that keeps them on the scored text is recommended.
         output: the report's file; work in progress is kept beside it.
@@ -120,13 +132,17 @@ def make_report(
     Raises:
         UsageError: no plans, plans for scoring alone, or settings that do not fit the model.
     """
+    said = [_use(plan) for plan in plans] if uses is None else list(uses)
     if recommended is not None:
-        plans = [*plans, recommended[0]]
+        plans, said = [*plans, recommended.plan], [*said, recommended.use]
     if not plans:
         raise UsageError("a report needs at least one sparsity above 0")
     if any(plan.document.selection != "threshold" for plan in plans):
         raise UsageError("a report is of plans that kernels run: their selection is threshold")
-    plans = sorted(plans, key=lambda x: x.document.target_sparsity)
+    if any(plan.document.linears.keys() != plans[0].document.linears.keys() for plan in plans):
+        raise UsageError("the plans of a report are for the same linears of one model")
+    order = sorted(range(len(plans)), key=lambda i: plans[i].document.target_sparsity)
+    plans, said = [plans[i] for i in order], [said[i] for i in order]
     model = loaded.model
     notes: list[str] = []
     parts = ["quality-dense", *(f"quality-{i}" for i in range(len(plans)))]
@@ -145,7 +161,7 @@ def make_report(
             work=work,
         )
         chosen = _recommendation(plans, quality, recommended, limits)
-        shown = len(plans) - 1 if chosen is None or chosen.plan is None else chosen.plan
+        shown = len(plans) - 1 if chosen.plan is None else chosen.plan
         scores = kept(
             work / "scores.json",
             ScoreHistograms,
@@ -176,6 +192,8 @@ def make_report(
             notes.append("Speed was not measured.")
         elif foreign := read_by_others(model):
             notes.append(f"Speed was not measured: another library keeps {foreign[0]} and others.")
+        elif any(plan.parts for plan in plans):
+            notes.append("Speed was not measured: plans with more than thresholds share no layout.")
         else:
             speed = kept(work / "speed.json", BenchReport, lambda: _speed(loaded, plans, settings))
             operators = kept(
@@ -190,7 +208,10 @@ def make_report(
         settings=_described(settings, plans, loaded),
         machine=_machine(model),
         versions=versions(),
-        plans=[PlanNote(name=x, calibration=p.document.calibration) for x, p in _named(plans)],
+        plans=[
+            PlanNote(name=name, use=use, calibration=plan.document.calibration)
+            for name, use, plan in zip(_names(plans), said, plans, strict=True)
+        ],
         quality=quality,
         tasks=found,
         speed=speed,
@@ -214,7 +235,15 @@ def _fingerprint(loaded: LoadedModel, plans: Sequence[Plan], settings: ReportSet
     return json.dumps(facts, default=str, sort_keys=True)
 
 
-def _named(plans: Sequence[Plan]) -> list[tuple[str, Plan]]:
+def _use(plan: Plan) -> str:
+    document = plan.document
+    use = f"--sparsity {document.target_sparsity:g} --method {document.method}"
+    if document.allocation != document.method:
+        use += f" --allocation {document.allocation}"
+    return use + (" --include-head" if document.include_head else "")
+
+
+def _names(plans: Sequence[Plan]) -> list[str]:
     """Return what each plan is called: as little as tells them apart."""
     methods = {plan.document.method for plan in plans}
     pairs = {(x.document.method, x.document.allocation) for x in plans}
@@ -222,24 +251,23 @@ def _named(plans: Sequence[Plan]) -> list[tuple[str, Plan]]:
     for plan in plans:
         document = plan.document
         parts = [f"{round(100 * document.target_sparsity, 1):g} %"]
-        if len(methods) > 1 or len(pairs) > 1:
-            parts.insert(0, document.method)
         if len(pairs) > len(methods) and document.allocation != document.method:
-            parts.insert(1, document.allocation)
-        found.append((" ".join(parts), plan))
+            parts.insert(0, document.allocation)
+        if len(pairs) > 1:
+            parts.insert(0, document.method)
+        found.append(" ".join(parts))
     return found
 
 
 def _recommendation(
     plans: Sequence[Plan],
     quality: Evaluation,
-    recommended: tuple[Plan, str] | None,
+    recommended: Found | None,
     limits: Limits | None,
-) -> Recommendation | None:
-    if recommended is not None and limits is not None:
-        plan, how = recommended
-        number = next(i for i, x in enumerate(plans) if x is plan)
-        return Recommendation(plan=number, limits=str(limits), how=how)
+) -> Recommendation:
+    if recommended is not None:
+        number = next(i for i, x in enumerate(plans) if x is recommended.plan)
+        return Recommendation(plan=number, limits=str(limits), how=HOW_FOUND)
     limits = limits or Limits(perplexity_increase=INCREASE)
     kept_by = [
         number
@@ -248,8 +276,7 @@ def _recommendation(
         and _within(row.kl_upper, limits.kl)
     ]
     best = max(kept_by, key=lambda i: quality.results[i].sparsity, default=None)
-    how = "the most sparse of these plans whose 95 % upper bound on the scored text keeps it"
-    return Recommendation(plan=best, limits=str(limits), how=how)
+    return Recommendation(plan=best, limits=str(limits), how=HOW_JUDGED)
 
 
 def _within(upper: float | None, limit: float | None) -> bool:

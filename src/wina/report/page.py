@@ -71,7 +71,7 @@ def render(report: Report) -> str:
         tasks=_task_rows(report.tasks),
         operators=_operator_rows(report),
         gains=_operator_gains(report),
-        use=use(report),
+        use=f"wina run {report.model} {report.plans[shown(report)].use} --compare",
     )
     return page.replace(" %", "\N{NO-BREAK SPACE}%")
 
@@ -93,7 +93,7 @@ def _environment() -> Environment:
 def shown(report: Report) -> int:
     """Return the number of the plan that the page speaks of: the recommended, or the last."""
     chosen = report.recommendation
-    return len(report.plans) - 1 if chosen is None or chosen.plan is None else chosen.plan
+    return len(report.plans) - 1 if chosen.plan is None else chosen.plan
 
 
 def percent(value: float, digits: int = 1, sign: bool = False) -> str:
@@ -283,7 +283,7 @@ def quality_rows(report: Report) -> list[Row]:
                         plots.series_of(report.quality, points),
                         labels,
                         (price.dense, quality.dense),
-                        None if chosen is None else chosen.plan,
+                        chosen.plan,
                     )
                 )
         if figures:
@@ -441,13 +441,3 @@ def _operator_gains(report: Report) -> list[list[str]]:
                 ]
             )
     return rows
-
-
-def use(report: Report) -> str:
-    """Return the command that runs the model under the plan that the page speaks of."""
-    row = report.quality.results[shown(report)]
-    allocation = "" if row.allocation == row.method else f" --allocation {row.allocation}"
-    return (
-        f"wina run {report.model} --sparsity {row.target_sparsity:g} --method {row.method}"
-        f"{allocation} --compare"
-    )

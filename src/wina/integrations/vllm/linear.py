@@ -103,7 +103,8 @@ class WinaLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         if not layer.wina_active:
             super().process_weights_after_loading(layer)
             return
-        BATCH.prepare(layer.weight.device)
+        if layer.weight.device.type != "cpu":
+            BATCH.prepare(layer.weight.device)
         if layer.weight.device.type not in _kernel_devices():
             return
         usual = layer.weight.data

@@ -11,6 +11,7 @@
 #endif
 
 #include "kernels.h"
+#include "quantized.h"
 #include "torch_abi.h"
 
 namespace wina {
@@ -587,6 +588,8 @@ static Tensor decode_attention(Tensor query, const Tensor& key, const Tensor& va
 
 // --- a run of decoder blocks, each step of which is one call ---
 
+#include "quantized_ops.h"
+
 struct Block {
   std::vector<Tensor> norm, weights, thresholds, biases;              // of q, k, v
   std::vector<Tensor> cache;                                          // keys, values, length
@@ -610,13 +613,13 @@ static Tensor run_block(const Block& block, const Tensor& x, const Tensor& cos, 
   const Tensor &key = block.cache[0], &value = block.cache[1], &length = block.cache[2];
   const Dtype dtype = dtype_of(x);
   const int64_t batch = x.size(0), shared = key.size(1), size = key.size(3), width = bytes_of(dtype);
-  const int64_t heads = block.weights[0].size(0) / size, out = value.size(3);
+  const int64_t heads = outputs_of(block.weights, 3, 0) / size, out = value.size(3);
   int64_t& position = *static_cast<int64_t*>(length.data());
   check(key.size(0) == batch && seen.positions == key.size(2) && position >= 0 &&
             position < key.size(2),
         "the cache does not fit the batch, the mask or the position");
-  std::vector<Tensor> qkv = sparse_linears(normed(x, block.norm[0], block.epsilon), block.weights,
-                                           block.thresholds, block.biases);
+  std::vector<Tensor> qkv = linears_of(normed(x, block.norm[0], block.epsilon), block.weights,
+                                       block.thresholds, block.biases);
   for (Tensor& one : qkv) one = contiguous(std::move(one));
   auto at = [&](const Tensor& t, int64_t b, int64_t h) {
     const int64_t offset = b * t.stride(0) + h * t.stride(1) + position * t.stride(2);
@@ -641,11 +644,11 @@ static Tensor run_block(const Block& block, const Tensor& x, const Tensor& cos, 
   ++position;
   Tensor mixed = Tensor::empty({batch, 1, heads * out}, x.dtype());
   attend(qkv[0].data(), heads, key, value, seen, block.scale, mixed.data());
-  Tensor y = plus(std::move(sparse_linears(std::move(mixed), block.out_weight,
-                                           block.out_thresholds, block.out_bias)[0]),
+  Tensor y = plus(std::move(linears_of(std::move(mixed), block.out_weight,
+                                       block.out_thresholds, block.out_bias)[0]),
                   x);
-  return plus(sparse_gated_mlp(normed(y, block.mlp_norm[0], block.mlp_epsilon), block.mlp_weights,
-                               block.mlp_thresholds, block.activation, block.mlp_biases),
+  return plus(gated_mlp_of(normed(y, block.mlp_norm[0], block.mlp_epsilon), block.mlp_weights,
+                           block.mlp_thresholds, block.activation, block.mlp_biases),
               y);
 }
 
@@ -669,18 +672,21 @@ static Tensor decode_blocks(Tensor x, Tensor cos, Tensor sin, Tensor mask, int64
 
 static void add_block(int64_t program, Block block) {
   const size_t biases = block.biases.size(), mlp_biases = block.mlp_biases.size();
-  check(block.norm.size() == 1 && block.weights.size() == 3 && block.thresholds.size() == 3 &&
-            block.cache.size() == 3 && block.out_weight.size() == 1 &&
+  auto fit = [](const std::vector<Tensor>& weights, size_t count) {
+    return weights.size() == count || is_quantized(weights, count);
+  };
+  check(block.norm.size() == 1 && fit(block.weights, 3) && block.thresholds.size() == 3 &&
+            block.cache.size() == 3 && fit(block.out_weight, 1) &&
             block.out_thresholds.size() == 1 && block.mlp_norm.size() == 1 &&
-            block.mlp_weights.size() == 3 && block.mlp_thresholds.size() == 3 &&
+            fit(block.mlp_weights, 3) && block.mlp_thresholds.size() == 3 &&
             (biases == 0 || biases == 3) && (mlp_biases == 0 || mlp_biases == 3),
         "a block has two norms, q, k, v, o, gate, up, down, keys, values and their length");
   const Tensor &key = block.cache[0], &value = block.cache[1];
   check_cache(key, value);
   const int64_t shared = key.size(1), size = key.size(3);
-  check(shared > 0 && size > 0 && size % 2 == 0 && block.weights[0].size(0) % (shared * size) == 0 &&
-            block.weights[1].size(0) == shared * size &&
-            block.weights[2].size(0) == shared * value.size(3),
+  check(shared > 0 && size > 0 && size % 2 == 0 && outputs_of(block.weights, 3, 0) % (shared * size) == 0 &&
+            outputs_of(block.weights, 3, 1) == shared * size &&
+            outputs_of(block.weights, 3, 2) == shared * value.size(3),
         "q, k and v must fit the heads of the cache");
   programs[program].push_back(std::move(block));
 }
@@ -810,6 +816,7 @@ static void call_most_likely(Value* stack, uint64_t, uint64_t) {
   stack[0] = result.release();
 }
 
+
 static std::vector<const Kernels*> instruction_sets() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
@@ -861,7 +868,8 @@ WINA_EXPORT const char* wina_register(void* (*find)(const char*)) {
       torch.torch_library_impl(library, "decode_attention", call_decode_attention, abi_version) ||
       torch.torch_library_impl(library, "add_block", call_add_block, abi_version) ||
       torch.torch_library_impl(library, "decode_blocks", call_decode_blocks, abi_version) ||
-      torch.torch_library_impl(library, "most_likely", call_most_likely, abi_version))
+      torch.torch_library_impl(library, "most_likely", call_most_likely, abi_version) ||
+      register_quantized(library))
     return "torch refused the operators";
   return nullptr;
 }

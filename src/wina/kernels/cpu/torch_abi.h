@@ -20,6 +20,8 @@ using Status = int32_t;  // 0 is success
 #define WINA_TORCH_CONSTANTS(X)    \
   X(aoti_torch_device_type_cpu)    \
   X(aoti_torch_dtype_bool)         \
+  X(aoti_torch_dtype_int8)         \
+  X(aoti_torch_dtype_uint8)        \
   X(aoti_torch_dtype_int64)        \
   X(aoti_torch_dtype_float32)      \
   X(aoti_torch_dtype_float64)      \

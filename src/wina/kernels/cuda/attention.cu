@@ -11,7 +11,12 @@ constexpr int THREADS = 256, WARPS = THREADS / 32;
 constexpr int PARTS = SIZE / WIDTH;       // threads to a position
 constexpr int SLOTS = THREADS / PARTS;    // positions side by side
 constexpr int OUTPUTS = QUERIES * SIZE;
+constexpr int SHARE = (OUTPUTS + CLUSTER - 1) / CLUSTER;
 constexpr float NOTHING = -1e30f;
+
+__device__ __forceinline__ void send(float* mine, int rank, float value) {
+  if (CLUSTER > 1) write_to(mine, rank, value); else *mine = value;
+}
 
 struct Arguments {
   const element *query, *key, *value;
@@ -26,7 +31,8 @@ struct Arguments {
 extern "C" __global__ void __launch_bounds__(THREADS)
     wina_attention(const __grid_constant__ Arguments a) {
   __shared__ float tops[WARPS][QUERIES], weights[WARPS][QUERIES];
-  __shared__ float top[QUERIES], weight[QUERIES], part[OUTPUTS];
+  // Of each block of the cluster: maxima, sums, and its part of the outputs that this one finishes.
+  __shared__ float top[CLUSTER][QUERIES], weight[CLUSTER][QUERIES], part[CLUSTER][SHARE];
   extern __shared__ __align__(16) float meet[];  // [WARPS][OUTPUTS]
 
   const int thread = threadIdx.x, warp = thread / 32;
@@ -34,6 +40,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int head = blockIdx.x / CLUSTER % a.heads, row = blockIdx.x / CLUSTER / a.heads;
   const int slot = thread / PARTS, offset = thread % PARTS * WIDTH;
   let_next_start();
+  if (CLUSTER > 1) cluster_arrive();
   wait_for_inputs();
 
   float query[QUERIES][WIDTH], sums[QUERIES][WIDTH], high[QUERIES], total[QUERIES];
@@ -131,6 +138,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
   }
   __syncthreads();
+  if (CLUSTER > 1) cluster_wait();  // the others have started, long ago
   for (int i = thread; i < OUTPUTS; i += THREADS) {
     const int q = i / SIZE;
     float highest = NOTHING, sum = 0.0f, all = 0.0f;
@@ -143,29 +151,27 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       sum = fmaf(meet[w * OUTPUTS + i], shrink, sum);
       all = fmaf(weights[w][q], shrink, all);
     }
-    part[i] = sum;
-    if (i % SIZE == 0) {
-      top[q] = highest;
-      weight[q] = all;
+    send(&part[rank][i % SHARE], i / SHARE, sum);
+    if (i % SIZE < CLUSTER) {  // to each block once
+      send(&top[rank][q], i % SIZE, highest);
+      send(&weight[rank][q], i % SIZE, all);
     }
   }
-  if (CLUSTER > 1) cluster_sync(); else __syncthreads();
-  constexpr int SHARE = (OUTPUTS + CLUSTER - 1) / CLUSTER;
+  if (CLUSTER > 1) cluster_arrive(), cluster_wait(); else __syncthreads();
   for (int i = rank * SHARE + thread; i < (rank + 1) * SHARE && i < OUTPUTS; i += THREADS) {
     const int q = i / SIZE;
-    float highest = NOTHING, sum = 0.0f, all = 0.0f, found[CLUSTER];
+    float highest = NOTHING, sum = 0.0f, all = 0.0f;
 #pragma unroll
     for (int r = 0; r < CLUSTER; ++r) {
-      found[r] = CLUSTER == 1 ? top[q] : read_from(&top[q], r);
-      highest = found[r] > highest || found[r] != found[r] ? found[r] : highest;
+      const float found = top[r][q];
+      highest = found > highest || found != found ? found : highest;
     }
 #pragma unroll
     for (int r = 0; r < CLUSTER; ++r) {
-      const float shrink = exp2f(found[r] - highest);
-      sum = fmaf(CLUSTER == 1 ? part[i] : read_from(&part[i], r), shrink, sum);
-      all = fmaf(CLUSTER == 1 ? weight[q] : read_from(&weight[q], r), shrink, all);
+      const float shrink = exp2f(top[r][q] - highest);
+      sum = fmaf(part[r][i % SHARE], shrink, sum);
+      all = fmaf(weight[r][q], shrink, all);
     }
     a.out[(static_cast<long long>(row) * a.heads + head) * OUTPUTS + i] = to_element(sum / all);
   }
-  if (CLUSTER > 1) cluster_sync();
 }

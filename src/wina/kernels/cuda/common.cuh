@@ -163,9 +163,16 @@ __device__ __forceinline__ u32 cluster_rank() {
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-__device__ __forceinline__ void cluster_sync() {
+// Arriving and waiting come in turns, by all threads.
+__device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
 }
 __device__ __forceinline__ float read_from(const float* mine, int rank) {
   u32 local = static_cast<u32>(__cvta_generic_to_shared(mine)), remote;
@@ -173,4 +180,10 @@ __device__ __forceinline__ float read_from(const float* mine, int rank) {
   float value;
   asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote) : "memory");
   return value;
+}
+// Writes a block's shared memory at the place that is mine in this one. That block must have started.
+__device__ __forceinline__ void write_to(float* mine, int rank, float value) {
+  u32 local = static_cast<u32>(__cvta_generic_to_shared(mine)), remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" : : "r"(remote), "f"(value) : "memory");
 }

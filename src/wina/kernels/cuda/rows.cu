@@ -5,9 +5,11 @@
 // WIDTH channels, gates them, lists the live ones in shared memory, and adds up their rows; the
 // blocks' sums then meet in shared memory of the cluster, in a fixed order. So there is no
 // compaction kernel, no workspace, no atomic, and the result does not vary between runs.
+// WHOLE: each block gates all channels and lists its share of the live ones, so that no block has
+// more rows to read than the others.
 //
-// Compile-time: ELEMENT, TOKENS, LANES, GROUPS, UNROLL, LOADS, PREFETCH, CLUSTER, HELD, GATED, NORM,
-// BLOCKS.
+// Compile-time: ELEMENT, TOKENS, LANES, GROUPS, UNROLL, LOADS, PREFETCH, CLUSTER, WHOLE, HELD, GATED,
+// NORM, BLOCKS.
 //   LANES threads read one row's tile, 16 bytes each; GROUPS rows are read side by side, and each
 //   thread has UNROLL under way (LOADS: how). PREFETCH bytes around a load go to the L2 cache.
 //   HELD chunks of channels are gated by a thread at once. BLOCKS should fit a multiprocessor.
@@ -18,6 +20,7 @@ constexpr int COLUMNS = LANES * WIDTH;
 constexpr int THREADS = (LANES * GROUPS + 31) / 32 * 32;
 constexpr int WARPS = THREADS / 32;
 constexpr int LISTS = GATED ? 2 : 1;
+constexpr int SHARE = (COLUMNS + CLUSTER - 1) / CLUSTER;  // columns that a block finishes
 
 struct Projection {
   const element* weight;
@@ -228,7 +231,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   extern __shared__ __align__(16) char memory[];
   __shared__ u32 totals[WARPS];
   __shared__ float scratch[WARPS * TOKENS];
-  __shared__ float parts[LISTS][TOKENS][COLUMNS];
+  __shared__ float parts[CLUSTER][LISTS][TOKENS][SHARE];  // the blocks' sums of this one's share
   u32* rows = reinterpret_cast<u32*>(memory);  // [LISTS][capacity]
   Values* values = reinterpret_cast<Values*>(rows + LISTS * a.capacity);  // [LISTS][capacity]
   float* meet = reinterpret_cast<float*>(memory);  // [GROUPS][COLUMNS], when the lists are done
@@ -240,14 +243,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     while (tile >= a.projections[which].tiles) tile -= a.projections[which++].tiles;
   }
   const int chunks = a.inputs / WIDTH;
-  const int mine = (chunks - rank + CLUSTER - 1) / CLUSTER;  // chunks of this block
+  // Chunks of this block: every EVERY-th from the first.
+  constexpr int EVERY = WHOLE ? 1 : CLUSTER;
+  const int least = WHOLE ? 0 : rank;
+  const int mine = (chunks - least + EVERY - 1) / EVERY;
 
   let_next_start();
+  if (CLUSTER > 1) cluster_arrive();
   Gate gate[HELD];
 #pragma unroll
   for (int held = 0; held < HELD; ++held) {
     const int chunk = thread + THREADS * held;
-    if (chunk < mine) read_gate(gate[held], a, which, rank + CLUSTER * chunk);
+    if (chunk < mine) read_gate(gate[held], a, which, least + EVERY * chunk);
   }
   const u64 policy = stream_policy();
   wait_for_inputs();
@@ -256,9 +263,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
   for (int held = 0; held < HELD; ++held) {
     const int chunk = thread + THREADS * held;
-    if (chunk < mine) read_x(x[held], a, (rank + CLUSTER * chunk) * WIDTH);
+    if (chunk < mine) read_x(x[held], a, (least + EVERY * chunk) * WIDTH);
   }
-  constexpr int SHARE = (COLUMNS + CLUSTER - 1) / CLUSTER;  // columns that this block finishes
   const int outputs = a.projections[GATED ? 0 : which].outputs;
   Added added;
   {
@@ -299,9 +305,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
       for (int list = 0; list < LISTS; ++list) either[held][list] = 0;
       if (chunk >= mine) continue;
-      const int channel = (rank + CLUSTER * chunk) * WIDTH;
+      const int channel = (least + EVERY * chunk) * WIDTH;
       if (start) {
-        read_gate(gate[held], a, which, rank + CLUSTER * chunk);
+        read_gate(gate[held], a, which, least + EVERY * chunk);
         read_x(x[held], a, channel);
       }
 #pragma unroll
@@ -342,26 +348,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const u32 all = __reduce_add_sync(0xffffffffu, total);
 #pragma unroll
     for (int list = 0; list < LISTS; ++list) {
-      int place = list * a.capacity + count[list] + (list ? before >> 16 : before & 0xffffu);
+      const int found = list ? all >> 16 : all & 0xffffu;
+      int from = -count[list], to = from + found;
+      if (WHOLE) {  // there is one round
+        from = found * rank / CLUSTER;
+        to = found * (rank + 1) / CLUSTER;
+      }
+      u32* listed = rows + list * a.capacity - from;
+      Values* kept_values = values + list * a.capacity - from;
+      int place = list ? before >> 16 : before & 0xffffu;
 #pragma unroll
       for (int held = 0; held < HELD; ++held) {
-        const int channel = (rank + CLUSTER * (start + thread + THREADS * held)) * WIDTH;
+        const int channel = (least + EVERY * (start + thread + THREADS * held)) * WIDTH;
 #pragma unroll
         for (int i = 0; i < WIDTH; ++i) {
-          if (either[held][list] >> i & 1) {
+          if (!(either[held][list] >> i & 1)) continue;
+          if (!WHOLE || (place >= from && place < to)) {
             Values kept;
 #pragma unroll
             for (int token = 0; token < TOKENS; ++token)
               kept.of[token] = live[held][list][token] >> i & 1 ? pick(x[held][token], i) : element(0);
-            rows[place] = channel + i;
-            values[place++] = kept;
+            listed[place] = channel + i;
+            kept_values[place] = kept;
           }
+          ++place;
         }
       }
-      count[list] += list ? all >> 16 : all & 0xffffu;
+      count[list] += to - from;
     }
   }
   __syncthreads();
+  if (CLUSTER > 1) cluster_wait();  // the others have started, long ago
 
   const int column = tile * COLUMNS + thread % LANES * WIDTH, group = thread / LANES;
   float sums[LISTS][TOKENS][WIDTH];
@@ -384,7 +401,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   walk.slots = reinterpret_cast<Vector*>(memory + a.slots) + thread;
   if (group < GROUPS && column < outputs) add_rows(walk, sums, group);
 
-  // The groups' sums, one list and token at a time; those of one warp without shared memory.
+  // The groups' sums, one list and token at a time; those of one warp without shared memory. Each
+  // block finishes its share of the tile's columns.
   constexpr bool FOLD = LANES < 32 && (LANES & (LANES - 1)) == 0 && LANES * GROUPS == THREADS;
   constexpr int SUMS = FOLD ? WARPS : GROUPS;
   const int row = FOLD ? warp : group;
@@ -411,13 +429,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         float all = 0.0f;
 #pragma unroll
         for (int r = 0; r < SUMS; ++r) all += meet[r * COLUMNS + c];
-        parts[list][token][c] = all;
+        float* to = &parts[rank][list][token][c % SHARE];
+        if (CLUSTER > 1) write_to(to, c / SHARE, all); else *to = all;
       }
     }
   }
 
-  if (CLUSTER > 1) cluster_sync(); else __syncthreads();
-  // Each block finishes its share of the tile's columns.
+  if (CLUSTER > 1) cluster_arrive(), cluster_wait(); else __syncthreads();
   for (int i = thread; i < SHARE * a.tokens; i += THREADS) {
     const int c = rank * SHARE + i % SHARE, token = i / SHARE, output = tile * COLUMNS + c;
     if (c >= COLUMNS || output >= outputs) continue;
@@ -427,8 +445,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (int list = 0; list < LISTS; ++list) {
       float sum = 0.0f;
 #pragma unroll
-      for (int r = 0; r < CLUSTER; ++r)
-        sum += CLUSTER == 1 ? parts[list][token][c] : read_from(&parts[list][token][c], r);
+      for (int r = 0; r < CLUSTER; ++r) sum += parts[r][list][token][i % SHARE];
       found[list] = rounded(sum + to_float(added.bias[list]));
     }
     const long long place = static_cast<long long>(token) * outputs + output;
@@ -439,5 +456,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     a.projections[which].out[place] = to_element(found[0] + to_float(added.residual));
 #endif
   }
-  if (CLUSTER > 1) cluster_sync();  // a block's shared memory must outlive its readers
 }

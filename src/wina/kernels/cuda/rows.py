@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 TOKENS = (1, 2, 4, 8)  # rows of x that a kernel is compiled for
 MOST = 3  # projections of one launch
+HELD = 4  # 16 bytes of x that a thread gates at once
 SLOTS = 2  # the kind of loads that needs shared memory
 
 
@@ -32,6 +33,9 @@ class Config:
         loads: how rows are kept under way: 0 at once, 1 a register as soon as it was used, 2 as 1
             through shared memory.
         prefetch: bytes around a load that go to the second-level cache: 0, 128 or 256.
+        whole: 1 if each block of a cluster gates all channels and takes an equal share of the
+            live ones; 0 if it gates its share of the channels, which leaves some with more rows
+            to read. Needs one row of x, and threads enough (``gates_whole``).
     """
 
     lanes: int
@@ -39,8 +43,9 @@ class Config:
     unroll: int = 8
     cluster: int = 1
     blocks: int = 2
-    loads: int = 2
+    loads: int = 1
     prefetch: int = 0
+    whole: int = 0
 
     @property
     def threads(self) -> int:
@@ -117,11 +122,16 @@ def shared_bytes(config: Config, inputs: int, gated: bool, tokens: int, size: in
     return max(lists + slots, 16 // size * config.groups * config.lanes * 4)
 
 
+def gates_whole(config: Config, inputs: int, tokens: int, size: int) -> bool:
+    """Return whether the threads of one block can gate all channels at once."""
+    return tokens == 1 and inputs * size <= 16 * HELD * config.threads
+
+
 def macros_of(
     config: Config, dtype: torch.dtype, inputs: int, tokens: int, *, gated: bool, norm: bool
 ) -> dict[str, int]:
     """Return what rows.cu is compiled with for x of a shape; tokens: one of ``TOKENS``."""
-    chunks = -(-(inputs * dtype.itemsize // 16) // config.cluster)
+    chunks = -(-(inputs * dtype.itemsize // 16) // (1 if config.whole else config.cluster))
     return {
         "ELEMENT": ELEMENTS[dtype],
         "TOKENS": tokens,
@@ -131,7 +141,8 @@ def macros_of(
         "LOADS": config.loads,
         "PREFETCH": config.prefetch,
         "CLUSTER": config.cluster,
-        "HELD": min(4 if tokens == 1 else 1, -(-chunks // config.threads)),
+        "WHOLE": config.whole,
+        "HELD": min(HELD if tokens == 1 else 1, -(-chunks // config.threads)),
         "GATED": int(gated),
         "NORM": int(norm),
         "BLOCKS": config.blocks,
@@ -168,6 +179,8 @@ def rows(
     width, gated = 16 // size, activation is not None
     tokens = x.numel() // inputs
     compiled_for = next(number for number in TOKENS if number >= tokens)
+    if config.whole and not gates_whole(config, inputs, compiled_for, size):
+        config = replace(config, whole=0)
     macros = macros_of(config, x.dtype, inputs, compiled_for, gated=gated, norm=norm is not None)
     device = x.device.index or 0
     run = kernel("rows.cu", "wina_rows", mapping(macros), device, config.threads)

@@ -93,8 +93,7 @@ def rule(
         cluster *= 2
     threads = 512 if tokens <= 2 else 256
     while cluster <= 8:
-        unroll = 8 if tokens <= 2 and not gated else 6 if tokens <= 2 else 4
-        config = Config(lanes, threads // lanes, unroll, cluster, 2 if tokens <= 2 else 1)
+        config = Config(lanes, threads // lanes, 4, cluster, 2 if tokens <= 2 else 1)
         if shared_bytes(config, inputs, gated, tokens, size) <= MOST_SHARED:
             return config
         cluster *= 2

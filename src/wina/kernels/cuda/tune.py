@@ -27,6 +27,7 @@ LAUNCHES = 16  # of a graph, at least
 REPLAYS = 15
 CACHES = 4  # times the second-level cache that the live rows of all sets exceed
 SPARSITIES = (0.5, 0.65)  # a configuration is judged by the sum of its times at these
+SIZES = (256, 384, 512)  # threads of a block
 COMPILERS = 16  # programs compiled side by side
 
 
@@ -173,17 +174,17 @@ def cuts(shape: Shape, tokens: int, size: int, units: int) -> list[rows.Config]:
     """Return ways to cut a shape into blocks, with a middling way to keep rows under way."""
     found = []
     width = 16 // size
-    for lanes, cluster, threads in itertools.product((8, 16, 32, 64), (1, 2, 4, 8), (256, 512)):
+    for lanes, cluster, threads in itertools.product((8, 16, 32, 64), (1, 2, 4, 8), SIZES):
         blocks = cluster * sum(-(-out // (lanes * width)) for out in shape.outputs)
-        if not 0.6 * units <= blocks * threads / 512 <= 2.2 * units:
+        if not 0.9 * units <= blocks * threads / 512 <= 2.2 * units:
             continue
         small = tokens <= 2
         config = rows.Config(
             lanes,
             threads // lanes,
-            (6 if shape.gated else 8) if small else 4,
+            4,
             cluster,
-            512 // threads * (2 if small else 1),
+            (1024 if shape.gated else 1152) // threads if small else 512 // threads,
         )
         found += [config] if _fits(config, shape, tokens, size) else []
     usual = rule(shape.inputs, shape.outputs, shape.gated, tokens, size, units)
@@ -192,9 +193,12 @@ def cuts(shape: Shape, tokens: int, size: int, units: int) -> list[rows.Config]:
 
 def streams(config: rows.Config, shape: Shape, tokens: int, size: int) -> list[rows.Config]:
     """Return ways to keep rows under way, and hints, for one way to cut."""
-    kinds = [(2, 4), (2, 6), (2, 8), (2, 12), (1, 4), (1, 6), (1, 8), (0, 4), (0, 8)]
+    kinds = [(1, 4), (1, 6), (1, 8), (0, 4), (0, 8)]
+    kinds += [(2, 4), (2, 6), (2, 8)] if shape.gated else []  # elsewhere they never came first
     found = [replace(config, loads=loads, unroll=unroll) for loads, unroll in kinds]
-    found += [replace(config, prefetch=256), replace(config, prefetch=128)]
+    if config.cluster > 1 and rows.gates_whole(config, shape.inputs, tokens, size):
+        found += [replace(one, whole=1) for one in found]
+    found.append(replace(config, prefetch=128))
     if config.blocks > 1:
         found.append(replace(config, blocks=config.blocks // 2))
     return [one for one in found if _fits(one, shape, tokens, size)]

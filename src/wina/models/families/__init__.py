@@ -8,6 +8,7 @@ from wina.models.families.base import Family, families, family_of, register
 
 # Importing a file registers what it defines.
 from wina.models.families import (  # noqa: F401  isort: skip
+    deepseek_sparse,
     falcon,
     gemma3n,
     gpt2,

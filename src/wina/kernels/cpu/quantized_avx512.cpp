@@ -1,0 +1,12 @@
+// Quantized weights with AVX-512 F, BW, DQ and VL.
+#if defined(__x86_64__)
+#define WINA_QUANTIZED_SPACE quantized_avx512_kernels
+#define WINA_QUANTIZED_TARGET \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")))
+#include "quantized_avx512.h"
+
+namespace wina {
+const QuantizedKernels quantized_avx512{WINA_QUANTIZED_SPACE::prepare,
+                                        WINA_QUANTIZED_SPACE::project};
+}
+#endif

@@ -1,0 +1,171 @@
+// The kernel on quantized weights, written once for registers of 256 and 512 bits.
+//
+// Rows of two live channels are interleaved word by word, so that a 32-bit lane holds both
+// channels' codes of the same outputs: four nibbles or two bytes of each. Masked (or shifted) into
+// 16-bit halves, one instruction multiplies them with the two channels' values and adds both to
+// the outputs' sums. The sums stay in registers over the rows of a step, which are of one group;
+// then they are scaled and added to the float32 sums.
+//
+// A quantized_*.cpp defines WINA_QUANTIZED_SPACE, WINA_QUANTIZED_TARGET, the type Vector, Floats of
+// as many bits, and the functions on them used below; then it includes this file.
+
+namespace wina::WINA_QUANTIZED_SPACE {
+
+constexpr int vector_bytes = sizeof(Vector);
+constexpr int vector_lanes = vector_bytes / 4;
+constexpr int64_t tile_outputs = 4096;  // float32 sums that stay in a first-level cache
+
+WINA_QUANTIZED_INLINE int32_t pair_at(const int16_t* x) {
+  int32_t both;
+  std::memcpy(&both, x, sizeof both);
+  return both;
+}
+
+// Add x of one step to the sums of the outputs in `wide` vectors of codes, which begin `offset`
+// bytes into the rows: sums[i][h] of each vector, see the layout.
+template <int bits, int wide>
+WINA_QUANTIZED_INLINE void add_step(const uint8_t* const* rows, const uint8_t* const* next, int n,
+                                    const int16_t* x, int64_t offset, Vector* sums) {
+  constexpr int each = 32 / bits;
+  const Vector low = fill16(bits == 4 ? 0x000f : 0x00ff), high = fill16(0x00f0);
+  for (int r = 0; r < n; r += 2) {
+    const uint8_t *a = rows[r] + offset, *b = rows[r + 1] + offset;
+    const uint8_t *c = next[r] + offset, *d = next[r + 1] + offset;
+    const Vector values = fill32(pair_at(x + r));
+#pragma GCC unroll 4
+    for (int v = 0; v < wide; ++v) {
+      Vector* to = sums + v * each;
+      const Vector one = load(a + v * vector_bytes), other = load(b + v * vector_bytes);
+      if (v * vector_bytes % 64 == 0) {
+        __builtin_prefetch(c + v * vector_bytes, 0, 2);
+        __builtin_prefetch(d + v * vector_bytes, 0, 2);
+      }
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        Vector both = h == 0 ? interleave_low(one, other) : interleave_high(one, other);
+        if (bits == 4) {
+          to[h] = multiply_add(to[h], both & low, values);
+          to[2 + h] = multiply_add(to[2 + h], both & high, values);  // 16 times the code
+          both = shift_right(both, 8);
+          to[4 + h] = multiply_add(to[4 + h], both & low, values);
+          to[6 + h] = multiply_add(to[6 + h], both & high, values);
+        } else {
+          to[h] = multiply_add(to[h], shift_signed(shift_left(both, 8), 8), values);
+          to[2 + h] = multiply_add(to[2 + h], shift_signed(both, 8), values);
+        }
+      }
+    }
+  }
+}
+
+// `left` scales (or minima, or zero points) from number i on; beyond `left` zeros.
+WINA_QUANTIZED_INLINE Floats scales_at(const void* from, Dtype dtype, int64_t i, int64_t left) {
+  if (left >= vector_lanes) return load_scales(from, dtype, i);
+  float part[vector_lanes] = {};
+  for (int64_t k = 0; k < left; ++k) part[k] = scale_at(from, dtype, i + k);
+  return load_floats(part);
+}
+WINA_QUANTIZED_INLINE Floats points_at(const void* from, int64_t i, int64_t left) {
+  const int8_t* points = static_cast<const int8_t*>(from) + i;
+  if (left >= vector_lanes) return load_points(points);
+  float part[vector_lanes] = {};
+  for (int64_t k = 0; k < left; ++k) part[k] = points[k];
+  return load_floats(part);
+}
+
+// Add a step to the float32 sums of outputs [c, end) in `wide` vectors; part is the first vector's
+// place in its block.
+template <int bits, Zeros zeros, int wide>
+WINA_QUANTIZED_INLINE void add_vectors(const QuantizedProjection& p, const Step& step,
+                                       const uint8_t* const* rows, const uint8_t* const* next,
+                                       const int16_t* x, int64_t c, int part, int64_t end,
+                                       float* sums) {
+  constexpr int64_t outputs = code_block * 8 / bits;
+  constexpr int each = 32 / bits, parts = code_block / vector_bytes;
+  Vector found[wide * each];
+  // Nibbles are stored 8 above the code, as formats with minima want them.
+  const bool above = bits == 4 && zeros != Zeros::minima;
+#pragma GCC unroll 32
+  for (int i = 0; i < wide * each; ++i)
+    found[i] = above ? fill32(-8 * step.sum * (i % each / 2 % 2 ? 16 : 1)) : fill32(0);
+  add_step<bits, wide>(rows, next, step.rows, x,
+                       c / outputs * code_block + part * vector_bytes, found);
+  const float x_sum = step.scale * float(step.sum);
+  const int64_t group = int64_t(step.group) * p.out;
+#pragma GCC unroll 32
+  for (int i = 0; i < wide * each; ++i) {
+    const int v = part + i / each;
+    const int64_t place = c + v / parts * outputs + 16 * (i % each) + v % parts * vector_lanes;
+    if (place >= end) continue;
+    const float by = bits == 4 && i % each / 2 % 2 ? step.scale / 16 : step.scale;
+    const int64_t left = p.out - place;
+    float* to = sums + place;
+    Floats sum = to_floats(found[i]) * fill_floats(by);
+    if (zeros == Zeros::points)
+      sum = sum - points_at(p.zeros, group + place, left) * fill_floats(x_sum);
+    Floats total =
+        load_floats(to) + sum * scales_at(p.scales, p.scales_dtype, group + place, left);
+    if (zeros == Zeros::minima)
+      total = total + scales_at(p.zeros, p.scales_dtype, group + place, left) * fill_floats(x_sum);
+    store_floats(to, total);
+  }
+}
+
+template <int bits, Zeros zeros>
+WINA_QUANTIZED_TARGET static void project_tile(const QuantizedProjection& p, const Step* steps,
+                                               int64_t count, const int32_t* rows,
+                                               const int16_t* x, int64_t begin, int64_t end,
+                                               float* sums) {
+  constexpr int64_t outputs = code_block * 8 / bits;
+  constexpr int parts = code_block / vector_bytes;  // vectors of a block
+  const uint8_t* pointers[2][most_rows];
+  auto point = [&](const Step& step, const uint8_t** to) __attribute__((always_inline)) {
+    for (int32_t r = 0; r < step.rows; ++r) to[r] = p.codes + rows[step.first + r] * p.row;
+  };
+  if (count > 0) point(steps[0], pointers[0]);
+  for (int64_t s = 0; s < count; ++s) {
+    const Step& step = steps[s];
+    const uint8_t** at = pointers[s % 2];
+    // The rows that follow are fetched meanwhile.
+    const uint8_t** next = at;
+    if (s + 1 < count) {
+      point(steps[s + 1], pointers[(s + 1) % 2]);
+      if (steps[s + 1].rows >= step.rows) next = pointers[(s + 1) % 2];
+    }
+    const int16_t* values = x + step.first;
+    int64_t c = begin;
+    if (parts == 1)  // the registers of 512 bits suffice for two
+      for (; c + outputs < end; c += 2 * outputs)
+        add_vectors<bits, zeros, 2>(p, step, at, next, values, c, 0, end, sums - begin);
+    for (; c < end; c += outputs)
+      for (int part = 0; part < parts; ++part)
+        add_vectors<bits, zeros, 1>(p, step, at, next, values, c, part, end, sums - begin);
+  }
+}
+
+WINA_QUANTIZED_TARGET static void project(const QuantizedProjection& p, const Step* steps,
+                                          int64_t count, const int32_t* rows, const int16_t* x,
+                                          int64_t begin, int64_t end, float* sums) {
+  std::memset(sums, 0, size_t(end - begin + vector_lanes) * sizeof(float));
+  for (int64_t c = begin; c < end; c += tile_outputs) {
+    const int64_t stop = c + tile_outputs < end ? c + tile_outputs : end;
+    float* to = sums + (c - begin);
+#define WINA_TILE(bits, zeros) \
+  project_tile<bits, zeros>(p, steps, count, rows, x, c, stop, to)
+    if (p.bits == 4) {
+      switch (p.zeros_kind) {
+        case Zeros::none: WINA_TILE(4, Zeros::none); break;
+        case Zeros::points: WINA_TILE(4, Zeros::points); break;
+        default: WINA_TILE(4, Zeros::minima);
+      }
+    } else {
+      switch (p.zeros_kind) {
+        case Zeros::none: WINA_TILE(8, Zeros::none); break;
+        default: WINA_TILE(8, Zeros::points);
+      }
+    }
+#undef WINA_TILE
+  }
+}
+
+}  // namespace wina::WINA_QUANTIZED_SPACE

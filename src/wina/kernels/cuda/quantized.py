@@ -1,0 +1,257 @@
+"""y = W drop(x) of 4- and 8-bit weights on a GPU: how it is cut up, and the launch."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wina.kernels import reference
+from wina.kernels.cuda.compile import kernel, mapping
+from wina.kernels.cuda.rows import ACTIVATIONS, ELEMENTS, MOST
+from wina.kernels.quantized import QuantizedWeight, dequantize
+
+SEGMENTS = (64, 32)  # channels whose values share a scale
+MOST_TOKENS = 8  # more go through the dequantized weight
+LANES = (8, 4)
+SHARED = 160 << 10  # bytes of a block's shared memory that lists may take
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the work is cut up.
+
+    Attributes:
+        lanes: threads of a team: 16-byte pieces of a row's tile.
+        teams: of a block; lanes times teams is a multiple of 32.
+        unroll: pairs of rows that a thread has under way.
+        cluster: blocks that share a tile, each with its part of the channels.
+        blocks: of a multiprocessor, for the compiler's choice of registers.
+    """
+
+    lanes: int
+    teams: int
+    unroll: int = 2
+    cluster: int = 4
+    blocks: int = 2
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.lanes * self.teams
+
+
+class _Projection(ctypes.Structure):
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("thresholds", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("row", ctypes.c_int),
+        ("outputs", ctypes.c_int),
+        ("tiles", ctypes.c_int),
+        ("group", ctypes.c_int),
+    )
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = (
+        ("projections", _Projection * MOST),
+        ("x", ctypes.c_void_p),
+        ("norm", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
+        ("epsilon", ctypes.c_float),
+        ("inputs", ctypes.c_int),
+        ("tokens", ctypes.c_int),
+        ("count", ctypes.c_int),
+        ("activation", ctypes.c_int),
+        ("capacity", ctypes.c_int),
+        ("parts", ctypes.c_int),
+    )
+
+
+def segment_of(weights: Sequence[QuantizedWeight]) -> int | None:
+    """Return the longest segment that divides all groups; None if there is none."""
+    groups = [weight.group_size for weight in weights]
+    return next((n for n in SEGMENTS if all(group % n == 0 for group in groups)), None)
+
+
+def fits(x: Tensor, weights: Sequence[QuantizedWeight]) -> bool:
+    """Return whether the kernel can compute W drop(x): one format, few tokens, whole segments."""
+    first = weights[0]
+    same = all(
+        weight.codes.dtype == first.codes.dtype
+        and weight.scales.dtype == first.scales.dtype
+        and weight.zeros.dtype == first.zeros.dtype
+        and bool(weight.zeros.numel()) == bool(first.zeros.numel())
+        and weight.shape[0] % 4 == 0
+        and weight.codes.numel() > 0
+        for weight in weights
+    )
+    few = 0 < x.numel() <= MOST_TOKENS * x.shape[-1]
+    return same and few and x.dtype in ELEMENTS and segment_of(weights) is not None
+
+
+def config_for(inputs: int, pieces: Sequence[int], gated: bool, units: int) -> Config:
+    """Return how to cut up W drop(x); a rule, not measured yet.
+
+    Args:
+        inputs: channels.
+        pieces: 16-byte pieces of a row of each projection.
+        gated: two projections are computed by one block.
+        units: multiprocessors of the device.
+    """
+    blocks = 1 if gated else 2
+
+    def tiles(lanes: int) -> int:
+        return sum(-(-one // lanes) for one in pieces[: 1 if gated else None])
+
+    lanes = next((n for n in LANES if tiles(n) >= units), LANES[-1])
+    cluster = 1
+    while cluster < 8 and tiles(lanes) * cluster * 2 <= units * blocks and inputs >= 256 * cluster:
+        cluster *= 2
+    while cluster < 8 and list_bytes(inputs, cluster, gated, SEGMENTS[0]) > SHARED // blocks:
+        cluster *= 2
+    return Config(lanes, 256 // lanes, 2, cluster, blocks)
+
+
+def list_bytes(inputs: int, cluster: int, gated: bool, segment: int) -> int:
+    """Return the bytes of a block's lists of live channels."""
+    capacity = -(-(inputs // segment) // cluster)
+    return (2 if gated else 1) * capacity * (4 * segment + 12)
+
+
+def launch(
+    x: Tensor,
+    weights: Sequence[QuantizedWeight],
+    thresholds: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    config: Config,
+    *,
+    activation: str | None = None,
+    norm: Tensor | None = None,
+    epsilon: float = 0.0,
+    residual: Tensor | None = None,
+) -> list[Tensor]:
+    """Return W drop(x) + b of each projection; ``fits`` must hold. See ``rows.rows``."""
+    x = x.contiguous()
+    inputs = x.shape[-1]
+    tokens = x.numel() // inputs
+    segment = segment_of(weights)
+    assert segment is not None
+    first = weights[0]
+    zeros = 0 if not first.zeros.numel() else 2 if first.zeros.is_floating_point() else 1
+    macros = {
+        "ELEMENT": ELEMENTS[x.dtype],
+        "SCALE": ELEMENTS[first.scales.dtype],
+        "BITS": first.bits,
+        "ZEROS": zeros,
+        "LANES": config.lanes,
+        "TEAMS": config.teams,
+        "UNROLL": config.unroll,
+        "CLUSTER": config.cluster,
+        "SEGMENT": segment,
+        "GATED": int(activation is not None),
+        "NORM": int(norm is not None),
+        "BLOCKS": config.blocks,
+    }
+    run = kernel(
+        "quantized.cu", "wina_quantized", mapping(macros), x.device.index or 0, config.threads
+    )
+    capacity = -(-(inputs // segment) // config.cluster)
+    residual = None if residual is None else residual.contiguous()
+    arguments = _Arguments(
+        x=x.data_ptr(),
+        norm=None if norm is None else norm.data_ptr(),
+        residual=None if residual is None else residual.data_ptr(),
+        epsilon=epsilon,
+        inputs=inputs,
+        tokens=tokens,
+        count=len(weights),
+        activation=ACTIVATIONS[activation or "silu"],
+        capacity=capacity,
+        parts=max(1, -(-config.teams // capacity)),
+    )
+    results, tiles = [], 0
+    for place, (weight, vector, bias) in enumerate(zip(weights, thresholds, biases, strict=True)):
+        projection, out = arguments.projections[place], weight.shape[0]
+        projection.codes, projection.scales = weight.codes.data_ptr(), weight.scales.data_ptr()
+        projection.zeros = weight.zeros.data_ptr() if zeros else None
+        projection.thresholds = vector.data_ptr()
+        projection.bias = None if bias is None else bias.data_ptr()
+        projection.row, projection.outputs = weight.codes.shape[1], out
+        projection.tiles = -(-weight.codes.shape[1] // (16 * config.lanes))
+        projection.group = weight.group_size
+        if activation is None or place == 0:
+            results.append(x.new_empty((*x.shape[:-1], out)))
+            projection.out = results[-1].data_ptr()
+            tiles += projection.tiles
+    lists = list_bytes(inputs, config.cluster, activation is not None, segment)
+    columns = config.lanes * 128 // first.bits
+    shared = max(lists, config.threads // 32 * columns * 4)
+    run.launch(tiles * tokens * config.cluster, shared, arguments)
+    return results
+
+
+def linears(
+    x: Tensor,
+    weights: Sequence[QuantizedWeight],
+    thresholds: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    norm: Tensor | None = None,
+    epsilon: float = 0.0,
+    residual: Tensor | None = None,
+) -> list[Tensor]:
+    """Return W drop(x) + b of each projection, x normed first, the residual added to the first."""
+    if len(weights) <= MOST and fits(x, weights):
+        config = _config(x, weights, gated=False)
+        return launch(
+            x, weights, thresholds, biases, config, norm=norm, epsilon=epsilon, residual=residual
+        )
+    if len(weights) > 1 and fits(x, weights[:1]):  # of unlike formats, or too many
+        first = linears(x, weights[:1], thresholds[:1], biases[:1], norm, epsilon, residual)
+        rest = linears(x, weights[1:], thresholds[1:], biases[1:], norm, epsilon)
+        return first + rest
+    matrices = [dequantize(weight).to(x.dtype) for weight in weights]
+    return reference.fused_linears(x, norm, epsilon, matrices, thresholds, biases, residual)
+
+
+def gated_mlp(
+    x: Tensor,
+    weights: Sequence[QuantizedWeight],
+    thresholds: Sequence[Tensor],
+    activation: str,
+    biases: Sequence[Tensor | None],
+    norm: Tensor | None = None,
+    epsilon: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Return the gated MLP of x, normed first, plus the residual; two launches."""
+    both = weights[:2]
+    if fits(x, both) and both[0].shape == both[1].shape:
+        config = _config(x, both, gated=True)
+        (hidden,) = launch(
+            x,
+            both,
+            thresholds[:2],
+            biases[:2],
+            config,
+            activation=activation,
+            norm=norm,
+            epsilon=epsilon,
+        )
+    else:
+        found = linears(x, both, thresholds[:2], biases[:2], norm, epsilon)
+        hidden = reference.ACTIVATIONS[activation](found[0]) * found[1]
+    return linears(hidden, weights[2:], thresholds[2:], biases[2:], residual=residual)[0]
+
+
+def _config(x: Tensor, weights: Sequence[QuantizedWeight], *, gated: bool) -> Config:
+    units = torch.cuda.get_device_properties(x.device).multi_processor_count
+    pieces = [weight.codes.shape[1] // 16 for weight in weights]
+    return config_for(x.shape[-1], pieces, gated, units)
