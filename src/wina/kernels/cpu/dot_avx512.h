@@ -12,11 +12,12 @@ WINA_INLINE void add_pairs(const Projection& p, const Live& live, int64_t k, int
   const Brain* weight = static_cast<const Brain*>(p.weight) + begin;
   const Brain* row[2 * pairs];
   const Brain* next[2 * pairs];
+  constexpr int64_t ahead = tokens == 1 ? 4 * pairs : 2 * pairs;
   alignas(64) uint32_t x[tokens][pairs] = {};
   for (int r = 0; r < 2 * pairs; ++r) {
     // A last row without a fellow is paired with itself, with values of 0.
     int64_t here = k + r < live.count ? k + r : live.count - 1;
-    int64_t after = k + r + 2 * pairs < live.count ? k + r + 2 * pairs : here;
+    int64_t after = k + r + ahead < live.count ? k + r + ahead : here;
     row[r] = weight + live.index[here] * p.row;
     next[r] = weight + live.index[after] * p.row;
     for (int t = 0; t < tokens && k + r < live.count; ++t) {
