@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from wina.kernels import backends, cuda, triton
+from wina.kernels.cuda import quantized
+from wina.kernels.quantized import QuantizedWeight
 
 CUDA, TRITON = "cuda", "triton"
 MOST_PARTS, FEWEST_PARTS = 512, 16  # of a vocabulary, each looked at by one block
@@ -115,6 +117,44 @@ def skips(x: Tensor, outputs: Sequence[int], *, gated: bool) -> bool:
     return result
 
 
+def quantized_linear(
+    x: Tensor, weight: list[Tensor], thresholds: Tensor, bias: list[Tensor]
+) -> Tensor:
+    """Return W drop(x) + b of a quantized weight."""
+    found = QuantizedWeight(*weight)
+    return quantized.linears(x, [found], [thresholds], _unpack(bias, 1))[0]
+
+
+def quantized_linears(
+    x: Tensor,
+    norm: list[Tensor],
+    epsilon: float,
+    weights: list[Tensor],
+    thresholds: list[Tensor],
+    biases: list[Tensor],
+    residual: list[Tensor],
+) -> list[Tensor]:
+    """Return ``fused_linears`` of quantized weights."""
+    found = _unpack(biases, len(thresholds))
+    rest = (found, _first(norm), epsilon, _first(residual))
+    return quantized.linears(x, _quantized(weights), thresholds, *rest)
+
+
+def quantized_gated_mlp(
+    x: Tensor,
+    norm: list[Tensor],
+    epsilon: float,
+    weights: list[Tensor],
+    thresholds: list[Tensor],
+    activation: str,
+    biases: list[Tensor],
+    residual: list[Tensor],
+) -> Tensor:
+    """Return ``fused_gated_mlp`` of quantized weights."""
+    rest = (_unpack(biases, 3), _first(norm), epsilon, _first(residual))
+    return quantized.gated_mlp(x, _quantized(weights), thresholds, activation, *rest)
+
+
 @cache
 def register() -> None:
     """Give torch the implementations for CUDA tensors."""
@@ -136,7 +176,15 @@ def load_cuda() -> str | None:
     reason = cuda.load()
     if reason is None:
         register()
+        _register_quantized()
     return reason
+
+
+@cache
+def _register_quantized() -> None:
+    # In CUDA C++ alone: with Triton the reference serves them.
+    for function in (quantized_linear, quantized_linears, quantized_gated_mlp):
+        torch.library.impl(f"wina::{function.__name__}", "CUDA", function)
 
 
 def load_triton() -> str | None:
@@ -156,6 +204,10 @@ def _backend() -> Any:
 
 def _unpack(biases: Sequence[Tensor], count: int) -> list[Tensor | None]:
     return [bias if bias.numel() else None for bias in biases] or [None] * count
+
+
+def _quantized(tensors: Sequence[Tensor]) -> list[QuantizedWeight]:
+    return [QuantizedWeight(*tensors[i : i + 3]) for i in range(0, len(tensors), 3)]
 
 
 def _first(tensors: Sequence[Tensor]) -> Tensor | None:
