@@ -154,7 +154,10 @@ def pareto(
         axes.set_xlim(min(across) - margin, max(across) + margin)
         if not x.higher_is_better:
             axes.invert_xaxis()  # better is to the right in every picture
-        _label_points(axes, series[0].points, labels, y)
+        named: dict[str, Point] = {}  # each name once, at the first series that has it
+        for point in points:
+            named.setdefault(labels[point.plan], point)
+        _label_points(axes, list(named.values()), labels, y)
         axes.set_xlabel(x.label)
         axes.xaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:g}{x.unit}"))
@@ -222,7 +225,7 @@ def _scale(axes: Any, y: Axis, values: Sequence[float]) -> None:
 
 
 def _label_points(axes: Any, points: Sequence[Point], labels: Sequence[str], y: Axis) -> None:
-    """Write names beside points of the first series, on the side where its line does not go on."""
+    """Write names beside points, on the side where their line does not go on."""
     above = not y.higher_is_better
     first, last = axes.get_xlim()
     for point in points[:: 2 if len(points) > 6 else 1]:
