@@ -21,8 +21,8 @@ def use_dense(module: GraphModule) -> None:
     """Replace in place the sparse operators of GPU tensors that would not skip anything."""
     for node in module.graph.nodes:
         x = _value(node.args[0]) if node.args else None
-        if node.op != "call_function" or x is None or x.device.type != "cuda":
-            continue
+        if node.op != "call_function" or not isinstance(x, torch.Tensor) or not x.is_cuda:
+            continue  # some values are tuples of tensors
         if node.target in (OPS.sparse_linear, OPS.sparse_linear.default):
             if not gpu.skips(x, [_outputs(node.args[1])], gated=False):
                 node.target = ops.reference_linear

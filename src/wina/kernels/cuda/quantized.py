@@ -82,7 +82,10 @@ def segment_of(weights: Sequence[QuantizedWeight]) -> int | None:
 
 
 def fits(x: Tensor, weights: Sequence[QuantizedWeight]) -> bool:
-    """Return whether the kernel can compute W drop(x): one format, few tokens, whole segments."""
+    """Return whether the kernel can compute W drop(x): one format, few tokens, whole segments.
+
+    It rounds x to 16 bits of each segment's largest value, which float32 is too good for.
+    """
     first = weights[0]
     same = all(
         weight.codes.dtype == first.codes.dtype
@@ -94,7 +97,8 @@ def fits(x: Tensor, weights: Sequence[QuantizedWeight]) -> bool:
         for weight in weights
     )
     few = 0 < x.numel() <= MOST_TOKENS * x.shape[-1]
-    return same and few and x.dtype in ELEMENTS and segment_of(weights) is not None
+    fine = x.dtype in (torch.float16, torch.bfloat16)
+    return same and few and fine and segment_of(weights) is not None
 
 
 def config_for(inputs: int, pieces: Sequence[int], gated: bool, units: int) -> Config:
