@@ -13,8 +13,9 @@ import math
 import mmap
 import os
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -82,8 +83,8 @@ class Arena:
     """Memory in huge pages where the system grants them, given out piece by piece.
 
     A weight of a megabyte lies in no huge page of its own, and rows that are skipped here and
-    there cost a miss in the address translation each. Pieces have storages of their own; a chunk is
-    freed when the last of its pieces is.
+    there cost a miss in the address translation each. Pieces have storages of their own; the pages
+    that lie in a piece alone are given back when it is freed.
     """
 
     def __init__(self, chunk: int = 256 << 20) -> None:
@@ -104,7 +105,16 @@ class Arena:
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._used = start + size
-        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=start).view(*shape)
+        piece = memoryview(self._memory)[start : start + size]
+        weakref.finalize(piece, _give_back, self._memory, start, size).atexit = False
+        return torch.frombuffer(piece, dtype=dtype).view(*shape)
+
+
+def _give_back(memory: mmap.mmap, start: int, size: int) -> None:
+    first, end = -(-start // mmap.PAGESIZE), (start + size) // mmap.PAGESIZE
+    if hasattr(mmap, "MADV_REMOVE") and first < end:
+        with suppress(OSError):  # a kernel that cannot keeps them until the whole chunk is freed
+            memory.madvise(mmap.MADV_REMOVE, first * mmap.PAGESIZE, (end - first) * mmap.PAGESIZE)
 
 
 def input_major(weight: Tensor, arena: Arena | None = None) -> Tensor:
