@@ -119,7 +119,7 @@ def test_the_command_prints_one_object(tiny_config: str, cli: Cli) -> None:
     [
         (("--config", "llama-3-7b"), "Did you mean 'llama-3-8b'"),
         (("demo", "--config", "llama-3-8b"), "not both"),
-        (("--sparsities", "half"), "numbers by comma"),
+        (("--sparsities", "half"), "separated by commas"),
         (("--threads", "-1"), "threads must not be negative"),
     ],
 )
