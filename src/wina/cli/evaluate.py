@@ -43,19 +43,11 @@ def evaluate(
             help="Positions of a window; 2,048, or the model's if less.", show_default=False
         ),
     ] = None,
-    dense_prefix: Annotated[int, typer.Option(help="First positions, dense, not scored.")] = 20,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            help="Tasks of lm-evaluation-harness, such as piqa,arc_easy.", metavar="NAMES"
-        ),
-    ] = None,
-    task_data: Annotated[
-        Path | None,
-        typer.Option(help="Folder with tasks' data or the harness's YAML; otherwise the hub's."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="The first so many questions a task.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Requests of equal length at once.")] = 8,
+    dense_prefix: options.DensePrefix = 20,
+    tasks: options.Tasks = None,
+    task_data: options.TaskData = None,
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = 8,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,

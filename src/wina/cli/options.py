@@ -47,6 +47,17 @@ Quantize = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Of sampling and of the model's own text.")]
+DensePrefix = Annotated[int, typer.Option(help="First positions, dense, not scored.")]
+Tasks = Annotated[
+    str | None,
+    typer.Option(help="Tasks of lm-evaluation-harness, such as piqa,arc_easy.", metavar="NAMES"),
+]
+TaskData = Annotated[
+    Path | None,
+    typer.Option(help="Folder with tasks' data or the harness's YAML; otherwise the hub's."),
+]
+Limit = Annotated[int | None, typer.Option(help="The first so many questions a task.")]
+BatchSize = Annotated[int, typer.Option(help="Requests of equal length at once.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Sparsity = Annotated[float, typer.Option(help="Share of weights not touched, in [0, 1).")]
 Method = Annotated[

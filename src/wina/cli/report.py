@@ -47,19 +47,11 @@ def report(
     ] = None,
     tokens: Annotated[int, typer.Option(help="How many of it to score at most.")] = 8_192,
     window: Annotated[int, typer.Option("--context", help="Positions of a window.")] = 512,
-    dense_prefix: Annotated[int, typer.Option(help="First positions, dense, not scored.")] = 20,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            help="Tasks of lm-evaluation-harness, such as piqa,arc_easy.", metavar="NAMES"
-        ),
-    ] = None,
-    task_data: Annotated[
-        Path | None,
-        typer.Option(help="Folder with tasks' data or the harness's YAML; otherwise the hub's."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="The first so many questions a task.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Requests of equal length at once.")] = 8,
+    dense_prefix: options.DensePrefix = 20,
+    tasks: options.Tasks = None,
+    task_data: options.TaskData = None,
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = 8,
     prompt: Annotated[
         list[str] | None,
         typer.Option(help="Answered side by side; may be repeated.", show_default=False),

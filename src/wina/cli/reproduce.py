@@ -40,7 +40,7 @@ def reproduce(
     calibration_tokens: Annotated[int, typer.Option(help="Of calibration text.")] = 16_384,
     search_tokens: Annotated[int, typer.Option(help="That a greedy search reads.")] = 2_048,
     context: Annotated[int, typer.Option(help="Positions of a window.")] = 2_048,
-    dense_prefix: Annotated[int, typer.Option(help="First positions, dense, not scored.")] = 20,
+    dense_prefix: options.DensePrefix = 20,
     plots: Annotated[bool, typer.Option(help="Draw plots; needs the extra report.")] = True,
     fill: Annotated[
         bool, typer.Option(help="Fill the grid; or report on the cells that are there.")
