@@ -131,8 +131,9 @@ def reproduce(
         device: a torch device, or auto.
         seeds: of searches and of what is random; a method that has neither runs under the first.
         fill: the cells that are missing; if not, return those that are there.
-        processes: that fill them. Each has a model of its own, and does a method of a model at a
-            time; methods are known to them by entry points, not by what this process registered.
+        processes: that fill them. Each has a model of its own, and does a method of a model
+            under a seed at a time; methods are known to them by entry points, not by what this
+            process registered.
 
     Raises:
         UsageError: an unknown name or bad number, or the folder holds a grid of other settings,
@@ -210,17 +211,17 @@ def _fill_side_by_side(
     processes: int,
     advance: Callable[[int], None],
 ) -> None:
-    jobs: dict[tuple[str, str], list[tuple[float, int]]] = {}
+    jobs: dict[tuple[str, str, int], list[tuple[float, int]]] = {}
     # Searches first: they take longest.
     for source, method, sparsity, seed in sorted(todo, key=lambda x: not x[1].seeded):
-        jobs.setdefault((source, method.name), []).append((sparsity, seed))
-    sources = dict.fromkeys(source for source, _ in jobs)
+        jobs.setdefault((source, method.name, seed), []).append((sparsity, seed))
+    sources = dict.fromkeys(source for source, *_ in jobs)
     shared = (output, sparsities, settings, device)
     with multiprocessing.get_context("spawn").Pool(processes, _be_quiet) as pool:
         pool.starmap(_work, [(source, None, [], *shared) for source in sources])
         runs = [
             pool.apply_async(_work, (source, name, cells, *shared), callback=advance)
-            for (source, name), cells in jobs.items()
+            for (source, name, _), cells in jobs.items()
         ]
         for run in runs:
             run.get()
