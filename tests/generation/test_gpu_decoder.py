@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -28,12 +28,13 @@ GPU = [name for name in ("cuda", "triton") if name in available_backends()]
 
 
 @pytest.fixture(autouse=True)
-def _compile_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def _compile_here() -> Iterator[None]:
     """Compile in this process: the few kernels of these models don't need inductor's workers.
 
     With them, pytest-xdist's processes were seen to hang at their end, waiting for them to go.
     """
-    monkeypatch.setattr(inductor_config, "compile_threads", 1)
+    with inductor_config.patch(compile_threads=1):
+        yield
 
 
 @pytest.fixture(params=GPU)
