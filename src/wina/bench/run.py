@@ -339,14 +339,14 @@ def _sparse(step: _Step, plan: Plan, prompt: Tensor, settings: BenchSettings) ->
     load()
     for _, layer in sparse_layers(model):
         refresh(layer)
-    same, text_note, realized = None, "", plan.sparsity
-    with SparsityCounter(model) as counter:
-        if settings.compare_tokens:
-            same, text_note = _compare(model, decoder, prompt, settings.compare_tokens)
-        else:
+    counter = SparsityCounter(model)
+    same, text_note = None, ""
+    if settings.compare_tokens:
+        same, text_note = _compare(model, decoder, prompt, settings.compare_tokens, counter)
+    else:
+        with counter:
             _decode(Decoder(model, prompt.shape[1] + 9, mode="eager", batch=len(prompt)), prompt, 8)
-    realized = counter.sparsity
-    bytes_read = _weight_bytes(model, counter)
+    realized, bytes_read = counter.sparsity, _weight_bytes(model, counter)
     loop = own_loop(decoder, settings.context)
 
     def run(tokens: int) -> float:
@@ -369,12 +369,19 @@ def _decode(decoder: Decoder, prompt: Tensor, tokens: int) -> tuple[Tensor, list
 
 
 def _compare(
-    model: PreTrainedModel, decoder: Decoder, prompt: Tensor, tokens: int
+    model: PreTrainedModel,
+    decoder: Decoder,
+    prompt: Tensor,
+    tokens: int,
+    counter: SparsityCounter,
 ) -> tuple[bool, str]:
-    """Compare greedy text of a decoder with that of the reference kernels, uncompiled."""
+    """Compare greedy text of a decoder with that of the reference kernels, uncompiled.
+
+    The latter's drops are counted: what a captured graph counts lies in memory that it reuses.
+    """
     tokens = min(tokens, decoder.capacity - prompt.shape[1])
     found, logits = _decode(decoder, prompt, tokens)
-    with use_backend("reference"):
+    with use_backend("reference"), counter:
         plain = Decoder(model, prompt.shape[1] + tokens, batch=len(prompt), mode="eager")
         wanted, their_logits = _decode(plain, prompt, tokens)
     different = (found != wanted).nonzero()
