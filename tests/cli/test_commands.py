@@ -3,7 +3,9 @@
 import io
 import json
 import math
-from importlib.metadata import EntryPoint
+import subprocess
+import sys
+from importlib.metadata import EntryPoint, version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,15 @@ def one_object(out: str) -> dict[str, Any]:
 @pytest.fixture
 def plan(calibration: Made, tmp_path: Path) -> Path:
     return calibration[1].plan(0.5).save(tmp_path / "plan")
+
+
+def test_the_version_also_as_a_module(cli: Cli) -> None:
+    said = f"wina {version('wina')}\n"
+    assert (cli("--version").code, cli("--version").out) == (0, said)
+    found = subprocess.run(
+        [sys.executable, "-m", "wina", "--version"], capture_output=True, text=True, check=True
+    )
+    assert found.stdout == said
 
 
 @pytest.mark.parametrize("which", ["qwen3", "mistral"])

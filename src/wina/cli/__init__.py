@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 from transformers.utils import logging as transformers_logging
@@ -35,12 +37,28 @@ INTERRUPTED = 130  # 128 and the number of SIGINT
 
 app = typer.Typer(
     name="wina",
-    help="Training-free activation sparsity: faster decoding, and the loss measured.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"wina {version('wina')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print and exit.")
+    ] = False,
+) -> None:
+    """Training-free activation sparsity: faster decoding, and the loss measured."""
+
+
 app.command("run")(run.run)
 app.command("chat")(chat.chat)
 app.command("calibrate")(calibrate.calibrate)
