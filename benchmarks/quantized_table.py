@@ -52,6 +52,7 @@ DENSE = "dense"
 GGML = {"q2_k": 10, "q3_k": 11}  # numbers of the types, and bits a weight
 GGML_BITS = {"q2_k": 2.625, "q3_k": 3.4375}
 SUPERBLOCK = 256
+BLOCK = 64  # bytes of a row of codes that are read together
 SHRINKS = [1 - 0.04 * step for step in range(13)]  # of a group's range, tried for -gptq
 DAMPING = 0.01
 COUNTED_WINDOWS = 2  # on which groups without a live channel are counted
@@ -102,14 +103,19 @@ class Format:
     ) -> float:
         """Return the bytes of the blocks' linears that a token reads.
 
+        Rows of a sparse model's codes are whole blocks of 64 bytes, as in wina's layout.
+
         Args:
             sites: the linears.
-            kept: share of live channels of each; without a name all of them.
+            kept: share of live channels of each; empty for the dense model.
             live: share of groups with a live channel.
         """
         total = 0.0
         for site in sites:
-            total += site.weights * self.bits / 8 * kept.get(site.name, 1.0)
+            row = site.out_features * self.bits / 8
+            if kept and self.group is not None:
+                row = math.ceil(row / BLOCK) * BLOCK
+            total += site.in_features * row * kept.get(site.name, 1.0)
             if self.group is not None:
                 groups = 1 if self.group == 0 else site.in_features // self.group
                 share = live.get(site.name, 1.0)
