@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from wina.criteria.wina_kgate import KINDS_WITH_NORMS
 from wina.errors import UsageError
+from wina.layers import SparsityCounter
+from wina.layers.quantized import stored
 from wina.models import Site, find_sites
 from wina.plan import Plan
 from wina.selection import check_sparsity
@@ -140,21 +142,31 @@ def token_cost(
     )
 
 
-def token_bytes(model: PreTrainedModel, plan: Plan, read: float) -> tuple[float, float]:
+def token_bytes(
+    model: PreTrainedModel, plan: Plan, counter: SparsityCounter
+) -> tuple[float, float]:
     """Return the bytes that a decoded token reads under a plan, and those of the dense model.
 
-    Counted are the planned linears, the output head and all that the plan adds.
+    Counted are the planned linears, the output head and all that the plan adds. Weights that
+    another library quantized count as the kernels would read them, codes, scales and zero points.
 
     Args:
         model: the plan's.
         plan: the plan.
-        read: weights of the planned linears that a token reads (``SparsityCounter.read``).
+        counter: of a run of the plan, with ``read_weights``.
     """
     width = model.dtype.itemsize
     head: Any = None if plan.document.include_head else model.get_output_embeddings()
-    other = 0.0 if head is None else float(head.weight.numel() * head.weight.itemsize)
-    dense = sum(linear.cost for linear in plan.document.linears.values()) * width + other
-    return read * width + other + extra_bytes(plan, width), dense
+    other = 0.0 if head is None else _weight_bytes(head, head.weight.numel(), width)
+    dense = other
+    for name, linear in plan.document.linears.items():
+        dense += _weight_bytes(model.get_submodule(name), linear.cost, width)
+    return counter.bytes_read(width) + other + extra_bytes(plan, width), dense
+
+
+def _weight_bytes(module: nn.Module, weights: float, width: int) -> float:
+    found = stored(module)
+    return weights * width if found is None else found.code_bytes + found.scale_bytes
 
 
 def extra_bytes(plan: Plan, width: int) -> float:

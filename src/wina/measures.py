@@ -119,7 +119,10 @@ def score_plan(
         each: gets the totals of each window.
     """
     totals = Totals()
-    with scoring(model, plan, dense_prefix) as phase, SparsityCounter(model) as counter:
+    with (
+        scoring(model, plan, dense_prefix) as phase,
+        SparsityCounter(model, read_weights=True) as counter,
+    ):
         for window in track(windows, what, len(windows)):
             ids = window.to(model.device)
             with phase.force("dense"):

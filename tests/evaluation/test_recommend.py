@@ -1,3 +1,6 @@
+import json
+import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -5,10 +8,11 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.helpers import Cli, english, make_tokenizer
-from wina.calibration import Calibration, make_plan
+from wina.calibration import Calibration, CalibrationSettings, FileText, calibrate, make_plan
 from wina.errors import UsageError, WinaError
-from wina.evaluation import Limits, recommend
+from wina.evaluation import Limits, limit_windows, recommend
 from wina.evaluation.bounds import divergence, perplexity_increase, student_t
+from wina.evaluation.recommend import measure_loss
 from wina.measures import Totals, score_plan
 from wina.models import load_model
 from wina.plan import Plan
@@ -133,3 +137,72 @@ def test_the_limit_holds_on_texts_that_were_not_used(
         assert target > 0.05
         more, _ = score_plan(loaded, plan_at(target + 0.1), used, 4, "")
         assert more.kl > (limits.kl or 0)
+
+
+@pytest.fixture
+def noise(tmp_path: Path) -> Path:
+    """Text of another kind than the calibration's."""
+    letters = random.Random(0).choices("0123456789+-*/=()[]{}<>#$%&@ \n", k=4_000)
+    path = tmp_path / "noise.txt"
+    path.write_text("".join(letters), encoding="utf-8")
+    return path
+
+
+def test_windows_for_a_limit_are_spread_over_the_text(loaded: PreTrainedModel, noise: Path) -> None:
+    tokenizer = make_tokenizer()
+    long = noise.with_name("long.txt")
+    long.write_text(english(100_000), encoding="utf-8")
+    windows = limit_windows(loaded, tokenizer, long, 4)
+    assert (len(windows), {tuple(x.shape) for x in windows}) == (32, {(1, 256)})
+    ids = tokenizer(english(100_000))["input_ids"]
+    every = [ids[first : first + 256] for first in range(0, len(ids) - 255, 256)]
+    places = [every.index(x[0].tolist()) for x in windows]
+    gaps = {b - a for a, b in pairwise(places)}
+    assert max(gaps) - min(gaps) <= 1
+    assert places[0] < max(gaps)
+    assert places[-1] >= len(every) - max(gaps)
+    assert len(limit_windows(loaded, tokenizer, noise, 4)) < 32
+    noise.write_text(english(1_000), encoding="utf-8")
+    with pytest.raises(WinaError, match=r"noise\.txt makes \d windows, too few"):
+        limit_windows(loaded, tokenizer, noise, 4)
+
+
+def test_the_limit_is_kept_on_each_text(
+    qwen3: Path, loaded: PreTrainedModel, noise: Path, text: Path, tmp_path: Path, cli: Cli
+) -> None:
+    folder, out = tmp_path / "calibration", tmp_path / "plan"
+    made = calibrate(
+        loaded,
+        make_tokenizer(),
+        FileText((text,)),
+        CalibrationSettings(tokens=3072, context=64, dense_prefix=4),
+        name=str(qwen3),
+        output=folder,
+    )
+    windows = limit_windows(loaded, make_tokenizer(), noise, 4)
+    half = measure_loss(loaded, make_plan(made, 0.3, "wina", "uniform"), windows, 4)
+    command = ("plan", folder, "--max-kl", half.kl.upper, "--method", "wina", "--model", qwen3)
+    command = (*command, "--allocation", "uniform", "-o", out, "--json")
+    alone = json.loads(cli(*command).out)
+    both = json.loads(cli(*command, "--limit-text", noise).out)
+    assert list(alone["losses"]) == ["held-out text"]
+    assert list(both["losses"]) == ["held-out text", "noise.txt"]
+    assert all(loss["kl"]["upper"] <= half.kl.upper for loss in both["losses"].values())
+    loss = both["losses"]["noise.txt"]
+    plan = Plan.load(out)
+    again = measure_loss(loaded, plan, windows, 4)
+    assert loss["kl"]["estimate"] == pytest.approx(again.kl.estimate)
+    # The noise decides, one way or the other: a step more is beyond the limit on one of the texts.
+    target = both["target_sparsity"]
+    assert target <= alone["target_sparsity"]
+    more = make_plan(made, target + 0.01, "wina", "uniform")
+    held_out = made.windows(held_out=True)
+    losses = [measure_loss(loaded, more, x, 4) for x in (windows, held_out)]
+    assert any((x.kl.upper or 0) > half.kl.upper for x in losses)
+
+    done = cli(*command, "--limit-text", text)
+    assert (done.code, "calibration has read" in done.said) == (2, True)
+    done = cli("plan", folder, "--limit-text", noise, "--model", qwen3)
+    assert (done.code, "--limit-text needs" in done.said) == (2, True)
+    done = cli(*command, "--limit-text", tmp_path / "none.txt")
+    assert (done.code, "no text file" in done.said) == (2, True)

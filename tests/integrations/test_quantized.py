@@ -30,6 +30,7 @@ from wina.evaluation import evaluate
 from wina.generation import generate
 from wina.layers import MaskedLayer, lay_out_for_decode, sparse_layers
 from wina.layers import quantized as codes
+from wina.models.quantize import Scheme, quantize
 
 GROUP = 32
 
@@ -325,3 +326,47 @@ def test_fp8_checkpoints_are_dequantized_where_there_is_no_gpu(tmp_path: Path) -
     assert getattr(loaded, "hf_quantizer", None) is None
     ids = prompt(10)
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0.5, atol=1.5)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4-g32"])
+def test_bytes_are_those_of_codes_and_scales(
+    name: str, tokenizer: PreTrainedTokenizerFast, text: Path
+) -> None:
+    """Counted from the library's weights; and the same as once they are laid out."""
+    pytest.importorskip("torchao")
+    model = quantize(plain(), Scheme.parse(name))
+    plan = make_plan(model, 0.5)
+    settings: Any = {"name": "tiny", "tokens": 300, "context": 100, "dense_prefix": 4}
+    found = evaluate(model, tokenizer, [plan], [text], **settings).results[0]
+
+    block, zeros = 64, 0 if name == "int8" else 1
+    outputs = {"q": 64, "k": 32, "v": 32, "o": 64, "gate": 128, "up": 128, "down": 64}
+    inputs = dict.fromkeys(outputs, 64) | {"down": 128}
+    codes_of = {
+        kind: inputs[kind] * block * -(-out * (8 if name == "int8" else 4) // (8 * block))
+        for kind, out in outputs.items()
+    }
+    scales_of = {
+        kind: out * (4 if name == "int8" else (4 + zeros) * inputs[kind] // 32)
+        for kind, out in outputs.items()
+    }
+    head = VOCABULARY * 64 + VOCABULARY * 4
+    dense = 2 * (sum(codes_of.values()) + sum(scales_of.values())) + head
+    assert found.dense_bytes == dense
+    extras = 4 * 2 * sum(inputs.values())
+    kept = sum(
+        codes_of[kind.removesuffix("_proj")] * (1 - share)
+        for kind, by_block in found.by_place.items()
+        for share in by_block.values()
+    )
+    assert 0.1 < found.sparsity < 0.9
+    least, most = kept + head + extras, kept + head + extras + 2 * sum(scales_of.values())
+    assert least < found.bytes <= most
+
+    wina.sparsify(model, plan, check=False)
+    before = {layer: codes.stored(layer) for _, layer in sparse_layers(model)}
+    lay_out_for_decode(model)
+    codes._STORED.clear()
+    assert all(
+        codes.packed(layer) and codes.stored(layer) == size for layer, size in before.items()
+    )

@@ -118,7 +118,7 @@ def test_zero_columns_are_not_read(setting: Setting) -> None:
     weights = {n: x.in_features * x.out_features for n, x in plan.document.linears.items()}
     assert counter.by_linear()[k] == 0.25  # the gate keeps 24 of 32, but 16 are not zero
     kept = sum(0.75 * count for count in weights.values())
-    assert counter.read == pytest.approx(kept - 2 * (24 - 16) * 16)
+    assert counter.bytes_read(1) == pytest.approx(kept - 2 * (24 - 16) * 16)
 
 
 def test_larosa_is_uniform_topk_of_magnitudes_in_the_inputs_principal_components(

@@ -51,12 +51,15 @@ def made(
         dense_prefix=4,
     )
     page = tmp_path_factory.mktemp("report") / "report.html"
+    other = page.with_name("other.txt")
+    other.write_text(english(30_000)[-10_000:], encoding="utf-8")
     arguments = [
         *("report", qwen3, "--calibration", calibration, "--method", "wina,teal"),
         *("--sparsities", "0.5", "--text", text, "--tokens", "900", "--context", "100"),
         *("--dense-prefix", "4", "--tasks", "piqa", "--task-data", questions),
         *("--prompt", "<b>50 %</b> & more?", "--prompt", "hello", "--max-new-tokens", "12"),
-        *("--rounds", "2", "--baselines", "own-compiled", "--max-kl", "0.02", "-o", page),
+        *("--rounds", "2", "--baselines", "own-compiled", "--max-kl", "0.02"),
+        *("--limit-text", other, "-o", page),
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WINA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

@@ -47,8 +47,9 @@ def test_the_recommended_plan_keeps_its_limit(made: Made) -> None:
     _, report = made
     chosen = report.recommendation
     assert chosen.plan is not None
-    assert report.plans[chosen.plan].use == "--max-kl 0.02 --method wina"
-    assert "bisection" in chosen.how
+    other = made[0].with_name("other.txt")
+    assert report.plans[chosen.plan].use == f"--max-kl 0.02 --limit-text {other} --method wina"
+    assert "keeps it on held-out text and other.txt, each by itself (bisection)" in chosen.how
     assert "0.02" in chosen.limits
     row = report.quality.results[chosen.plan]
     assert row.method == "wina"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -13,9 +14,11 @@ from pydantic_core import to_json
 
 from wina.cache import cached_calibration, cached_plan, tuned_at_hand
 from wina.calibration import Calibration, CalibrationSettings, make_plan
+from wina.calibration.text import check_text
 from wina.criteria import criteria
 from wina.errors import UsageError
-from wina.evaluation import Limits, recommend
+from wina.evaluation import Limits, Recommendation, limit_windows, recommend
+from wina.evaluation.recommend import WINDOW
 from wina.generation import Mode
 from wina.models import LoadedModel, identify, load_model
 from wina.models.gguf import keep_codes
@@ -28,7 +31,6 @@ from wina.selection import check_selection, check_sparsity
 from wina.tuning import TUNED, tuned_plan
 
 Number = TypeVar("Number", int, float)
-HELD_OUT_WINDOW = 256  # tokens: enough windows of little text for a bound
 
 Model = Annotated[
     str | None,
@@ -103,6 +105,14 @@ MaxIncrease = Annotated[
 MaxKl = Annotated[
     float | None,
     typer.Option("--max-kl", help="The same for the KL to the dense model, nats a token."),
+]
+LimitText = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--limit-text",
+        help="UTF-8 text file on which the limit is to be kept too; may be repeated.",
+        show_default=False,
+    ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Of a hub model.")]
 TrustRemoteCode = Annotated[
@@ -201,10 +211,19 @@ def find_plan(
     )
 
 
-def limits(max_increase: str | None, max_kl: float | None) -> Limits | None:
-    """Return what --max-perplexity-increase and --max-kl allow; None without them."""
+def limits(
+    max_increase: str | None, max_kl: float | None, texts: Sequence[Path] | None = None
+) -> Limits | None:
+    """Return what --max-perplexity-increase and --max-kl allow; None without them.
+
+    The texts of --limit-text are checked too.
+    """
     if max_increase is None and max_kl is None:
+        if texts:
+            raise UsageError("--limit-text needs --max-perplexity-increase or --max-kl")
         return None
+    for path in texts or ():
+        check_text(path)
     increase = None
     if max_increase is not None:
         number = max_increase.strip().removesuffix("%")
@@ -225,9 +244,23 @@ def recommended(
     allocation: str | None,
     selection: str,
     include_head: bool,
-) -> Plan:
-    """Return the plan of the highest sparsity within the limits on the held-out text."""
+    texts: Sequence[Path] | None = None,
+) -> Recommendation:
+    """Find the highest sparsity within the limits on the held-out text and each text given.
+
+    Raises:
+        UsageError: calibration has read one of the texts.
+    """
     chosen = method or default_criterion(calibration)
+    prefix = calibration.document.dense_prefix
+    windows = {"held-out text": calibration.windows(held_out=True, length=WINDOW)}
+    for path in texts or ():
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest in calibration.document.source:
+            raise UsageError(f"calibration has read {path}: a limit takes text that is new to it")
+        name = path.name if path.name not in windows else str(path)
+        windows[name] = limit_windows(loaded.model, loaded.tokenizer, path, prefix)
 
     def plan_at(sparsity: float) -> Plan:
         return make_plan(
@@ -240,13 +273,9 @@ def recommended(
             model=loaded.model,
         )
 
-    windows = calibration.windows(held_out=True, length=HELD_OUT_WINDOW)
-    prefix = calibration.document.dense_prefix
-    found = recommend(
-        loaded.model, plan_at, {"held-out text": windows}, allowed, dense_prefix=prefix
-    )
-    note(f"{found.plan.document.target_sparsity:.0%} keeps {allowed} on held-out text")
-    return found.plan
+    found = recommend(loaded.model, plan_at, windows, allowed, dense_prefix=prefix)
+    note(f"{found.plan.document.target_sparsity:.0%} keeps {allowed} on {', '.join(windows)}")
+    return found
 
 
 def own_calibration(loaded: LoadedModel, seed: int) -> Calibration:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 from wina.calibration import Calibration, make_plan
 from wina.cli import options
 from wina.errors import UsageError
+from wina.evaluation.recommend import Loss
 from wina.files import check_replaceable
 from wina.methods import Setting, methods
 from wina.models import identify
@@ -38,6 +40,7 @@ def plan(
     ] = None,
     max_increase: options.MaxIncrease = None,
     max_kl: options.MaxKl = None,
+    limit_text: options.LimitText = None,
     refine: Annotated[
         bool, typer.Option("--refine", help="Meet the target on held-out text; needs --model.")
     ] = False,
@@ -58,8 +61,10 @@ def plan(
         wina plan calibration --preset wina-paper --model demo -o plan
 
         wina plan calibration --max-perplexity-increase 2% --model demo -o plan
+
+        wina plan calibration --max-kl 0.1 --limit-text code.txt --limit-text chats.txt --model demo
     """
-    allowed = options.limits(max_increase, max_kl)
+    allowed = options.limits(max_increase, max_kl, limit_text)
     if allowed is not None and (preset is not None or refine or method == TUNED):
         raise UsageError("a limit finds a plan of a criterion: leave --preset and --refine out")
     if preset is not None:
@@ -88,6 +93,7 @@ def plan(
     check_replaceable(output, DOCUMENT)
     found = Calibration.load(calibration)
     method = method or options.default_criterion(found)
+    losses: dict[str, Loss] = {}
     loaded = None
     if model is not None:
         loaded = options.load(model, dtype, device, revision, trust_remote_code, quantize)
@@ -97,9 +103,10 @@ def plan(
         made = methods.get(preset).plan(Setting(loaded.model, found), sparsity)
     elif allowed is not None:
         assert loaded is not None
-        made = options.recommended(
-            loaded, found, allowed, method, allocation, selection, include_head
+        recommendation = options.recommended(
+            loaded, found, allowed, method, allocation, selection, include_head, limit_text
         )
+        made, losses = recommendation.plan, recommendation.losses
     elif method == TUNED:
         assert loaded is not None
         made = tuned_plan(
@@ -125,6 +132,8 @@ def plan(
     document = made.document
     if as_json:
         content = document.model_dump(mode="json", exclude={"linears"})
+        if losses:
+            content["losses"] = {name: asdict(loss) for name, loss in losses.items()}
         options.print_json({"plan": str(output), "expected_sparsity": made.sparsity, **content})
         return
     realized = document.realized_sparsity

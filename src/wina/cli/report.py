@@ -41,6 +41,7 @@ def report(
     calibration: options.CalibrationFolder = None,
     max_increase: options.MaxIncrease = None,
     max_kl: options.MaxKl = None,
+    limit_text: options.LimitText = None,
     text: Annotated[
         list[Path] | None,
         typer.Option(help="UTF-8 text to score; may be repeated. Omitted: Python's documentation."),
@@ -105,7 +106,7 @@ def report(
             options.check_request(target, one, allocation, "threshold")
     for path in text or ():
         check_text(path)
-    allowed = options.limits(max_increase, max_kl)
+    allowed = options.limits(max_increase, max_kl, limit_text)
     settings = ReportSettings(
         text=tuple(text or ()),
         tokens=tokens,
@@ -138,7 +139,7 @@ def report(
     recommended = None
     if allowed is not None:
         chosen = methods[0] if methods[0] != TUNED else METHOD_OF_LIMIT
-        made = options.recommended(
+        recommendation = options.recommended(
             loaded,
             statistics or options.own_calibration(loaded, seed),
             allowed,
@@ -146,10 +147,13 @@ def report(
             allocation,
             "threshold",
             include_head,
+            limit_text,
         )
         words = ["--max-perplexity-increase", max_increase] if max_increase is not None else []
         words += [] if max_kl is None else ["--max-kl", f"{max_kl:g}"]
-        recommended = Found(made, shlex.join([*words, "--method", made.document.method]))
+        words += [word for path in limit_text or () for word in ("--limit-text", str(path))]
+        words += ["--method", recommendation.plan.document.method]
+        recommended = Found(recommendation.plan, shlex.join(words), tuple(recommendation.losses))
     result = make_report(
         loaded,
         plans,

@@ -49,6 +49,7 @@ def run(
     retune: options.Retune = False,
     max_increase: options.MaxIncrease = None,
     max_kl: options.MaxKl = None,
+    limit_text: options.LimitText = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -80,7 +81,7 @@ def run(
 
         wina run demo --max-perplexity-increase 5% --compare
     """
-    allowed = options.limits(max_increase, max_kl)
+    allowed = options.limits(max_increase, max_kl, limit_text)
     if allowed is not None and (plan is not None or retune or method == TUNED):
         raise UsageError("a limit finds a plan of a criterion: leave --plan and --retune out")
     if retune and (plan is not None or calibration is not None or method not in (None, TUNED)):
@@ -106,7 +107,8 @@ def run(
             allocation,
             selection,
             include_head,
-        )
+            limit_text,
+        ).plan
     else:
         found = options.find_plan(
             loaded,

@@ -244,7 +244,7 @@ def _score(
     totals, counter = score_plan(model, plan, windows, dense_prefix, what, each)
     shares = counter.by_linear()
     kinds = dict.fromkeys(x.kind for x in document.linears.values() if x.block is not None)
-    read, dense = token_bytes(model, plan, counter.read)
+    read, dense = token_bytes(model, plan, counter)
     return SparseResult(
         increase=perplexity_increase(each).estimate,
         increase_upper=perplexity_increase(each).upper,

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from wina.errors import UsageError, WinaError
 from wina.evaluation.bounds import FEWEST, Bound, divergence, perplexity_increase
+from wina.evaluation.quality import text_windows
 from wina.measures import Totals, score_plan
 from wina.plan import Plan
 from wina.progress import note
 
 HIGHEST = 0.9
 STEP = 0.01  # of the sparsity that bisection ends with
+WINDOW = 256  # tokens: enough windows of little text for a bound
+MOST_WINDOWS = 32  # of a text
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,30 @@ class Recommendation:
     tried: dict[float, bool]
 
 
+def limit_windows(
+    model: PreTrainedModel, tokenizer: Tokenizer, path: Path, dense_prefix: int
+) -> list[Tensor]:
+    """Return short windows, evenly spread over a text, on which limits are to be kept.
+
+    Args:
+        model: whose start ids each window begins with.
+        tokenizer: the model's.
+        path: UTF-8 text file.
+        dense_prefix: a window must be longer.
+
+    Raises:
+        WinaError: the text is too short for a bound.
+    """
+    everything = path.stat().st_size  # a token has a byte or more
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    size = min(WINDOW, limit or WINDOW)
+    windows, _ = text_windows(model, tokenizer, [path], everything, size, dense_prefix)
+    full = [ids for ids in windows if ids.shape[1] == size]
+    _check_count(path.name, len(full))
+    count = min(len(full), MOST_WINDOWS)
+    return [full[(2 * i + 1) * len(full) // (2 * count)] for i in range(count)]
+
+
 def measure_loss(
     model: PreTrainedModel, plan: Plan, windows: Sequence[Tensor], dense_prefix: int
 ) -> Loss:
@@ -112,11 +141,7 @@ def recommend(
         WinaError: too few windows, or no sparsity of a step or more keeps the limits.
     """
     for name, windows in texts.items():
-        if len(windows) < FEWEST:
-            raise WinaError(
-                f"{name} makes {len(windows)} windows, too few for a bound; it takes {FEWEST}: "
-                "give more text"
-            )
+        _check_count(name, len(windows))
     tried: dict[float, bool] = {}
     best: tuple[Plan, dict[str, Loss]] | None = None
     # Whole steps: low keeps the limits, high does not or was never asked for.
@@ -132,9 +157,13 @@ def recommend(
                 break
         holds = all(loss.within(limits) for loss in losses.values())
         tried[target] = holds
-        worst = max(losses.values(), key=lambda loss: loss.increase.estimate)
+        # The text that decided, or the one that loses most.
+        name, worst = max(
+            losses.items(),
+            key=lambda pair: (not pair[1].within(limits), pair[1].increase.estimate),
+        )
         note(
-            f"{target:.0%}: perplexity {worst.increase.estimate:+.2%} (at most "
+            f"{target:.0%} on {name}: perplexity {worst.increase.estimate:+.2%} (at most "
             f"{worst.increase.upper or 0:+.2%}), KL {worst.kl.estimate:.4f} (at most "
             f"{worst.kl.upper or 0:.4f}): {'within' if holds else 'beyond'} the limit"
         )
@@ -149,3 +178,10 @@ def recommend(
     realized = min(loss.sparsity for loss in losses.values())
     document = plan.document.model_copy(update={"realized_sparsity": realized})
     return Recommendation(replace(plan, document=document), losses, tried)
+
+
+def _check_count(name: str, count: int) -> None:
+    if count < FEWEST:
+        raise WinaError(
+            f"{name} makes {count} windows, too few for a bound; it takes {FEWEST}: give more text"
+        )

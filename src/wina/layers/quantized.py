@@ -11,6 +11,8 @@ the library and is masked.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from wina.layers.foreign import (
     device_of,
     dtype_of,
     forward_of,
+    plain_weight,
     shape_of,
 )
 
@@ -61,6 +64,35 @@ def packed(module: nn.Module) -> QuantizedWeight | None:
     if codes is None or scales is None or zeros is None:
         return None
     return QuantizedWeight(codes, scales, zeros)
+
+
+class Stored(NamedTuple):
+    """What a quantized weight takes in the kernels' layout: bytes, and groups of inputs."""
+
+    code_bytes: int
+    scale_bytes: int
+    groups: int
+
+
+_STORED: WeakKeyDictionary[nn.Module, Stored | None] = WeakKeyDictionary()
+
+
+def stored(module: nn.Module) -> Stored | None:
+    """Return what a linear's weight takes; None if it is not made of codes and scales.
+
+    A linear is read once, laid out or not.
+    """
+    if module not in _STORED:
+        weight = packed(module)
+        linear = isinstance(getattr(module, "out_features", None), int)
+        if weight is None and linear and plain_weight(module) is None:
+            weight = read(module)
+        _STORED[module] = (
+            None
+            if weight is None
+            else Stored(weight.code_bytes, weight.scale_bytes, len(weight.scales))
+        )
+    return _STORED[module]
 
 
 def store(module: nn.Module, weight: QuantizedWeight) -> None:

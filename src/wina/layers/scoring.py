@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from wina.layers.linear import SparseLayer, align, features, matrix, sparse_layers
 from wina.layers.phase import Phase
-from wina.layers.quantized import packed
+from wina.layers.quantized import Stored, packed, stored
 from wina.layers.swap import densify, phase_of, sparsify
 from wina.plan import Plan
 
@@ -35,10 +35,18 @@ def scoring(model: nn.Module, plan: Plan, dense_prefix: int) -> Iterator[Phase]:
 
 
 class SparsityCounter:
-    """Counts dropped channels of a sparse model's layers on sparse positions, as a context."""
+    """Counts dropped channels of a sparse model's layers on sparse positions, as a context.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: sparse.
+        read_weights: read the weights that other libraries quantized, too, to count their bytes;
+            otherwise only those that are laid out for the kernels count as quantized.
+    """
+
+    def __init__(self, model: nn.Module, read_weights: bool = False) -> None:
         self._model = model
+        self._read_weights = read_weights
+        self._stored: dict[str, Stored] = {}
         self._dropped: dict[str, Tensor] = {}
         self._rows: dict[str, int] = {}
         self._shape: dict[str, tuple[int, int]] = {}
@@ -53,8 +61,10 @@ class SparsityCounter:
         for name, layer in sparse_layers(self._model):
             self._shape[name] = features(layer)
             self._skips[name] = getattr(layer, "skips", ("", 0))[1]
-            weight = packed(layer)
-            self._groups[name] = 0 if weight is None else len(weight.scales)
+            found = stored(layer) if self._read_weights or packed(layer) else None
+            if found is not None:
+                self._stored[name] = found
+            self._groups[name] = 0 if found is None else found.groups
             self._handles.append(layer.register_forward_pre_hook(self._observer(name, phase)))
         return self
 
@@ -129,9 +139,27 @@ class SparsityCounter:
         saved, spent = self.weights
         return saved / max(1, spent)
 
-    @property
-    def read(self) -> float:
-        """Weights read for a token: those of channels that are kept and not zero in W."""
-        saved, spent = self.weights
-        free = sum(int(total) * self._shape[name][1] for name, total in self._free.items())
-        return (spent - saved - free) / max(1, *self._rows.values())
+    def bytes_read(self, width: int) -> float:
+        """Return the bytes of weights read for a token: of channels that are kept and not zero.
+
+        Scales of a quantized weight's group count if any of its channels is kept.
+
+        Args:
+            width: bytes of a weight that is not quantized.
+        """
+        tokens = max(1, *self._rows.values())
+        shares, idle = self.by_linear(), self.idle_groups()
+        total = 0.0
+        for name, dropped in self._dropped.items():
+            in_features, out_features = self._shape[name]
+            found = self._stored.get(name)
+            if found is not None:
+                size = found.code_bytes * (1 - shares[name])
+                size += found.scale_bytes * (1 - idle.get(name, 0.0))
+                total += size * self._rows[name] / tokens
+                continue
+            spent = self._rows[name] * in_features * out_features
+            saved = int(dropped) * (out_features + self._skips[name])
+            saved += int(self._free.get(name, 0)) * out_features
+            total += (spent - saved) * width / tokens
+        return total

@@ -48,7 +48,7 @@ PROMPTS = (
     "What is the difference between a list and a tuple in Python?",
 )
 INCREASE = 0.05  # of perplexity, that a recommendation may cost where no limit is given
-HOW_FOUND = "the highest sparsity whose 95 % upper bound keeps it on held-out text (bisection)"
+HOW_FOUND = "the highest sparsity whose 95 % upper bound keeps it on {texts} (bisection)"
 HOW_JUDGED = "the most sparse of these plans whose 95 % upper bound on the scored text keeps it"
 BASELINES = ("own-compiled", "prepacked")
 SCORED_WINDOWS = 2  # whose scores the histograms count
@@ -93,10 +93,17 @@ class ReportSettings:
 
 @dataclass(frozen=True)
 class Found:
-    """A plan that was looked for to keep limits, and the options of ``wina run`` that use it."""
+    """A plan that was looked for to keep limits on texts.
+
+    Attributes:
+        plan: the plan.
+        use: the options of ``wina run`` that use it.
+        texts: names of those on which the limits were kept.
+    """
 
     plan: Plan
     use: str
+    texts: tuple[str, ...] = ("held-out text",)
 
 
 class _Samples(BaseModel):
@@ -267,7 +274,8 @@ def _recommendation(
 ) -> Recommendation:
     if recommended is not None:
         number = next(i for i, x in enumerate(plans) if x is recommended.plan)
-        return Recommendation(plan=number, limits=str(limits), how=HOW_FOUND)
+        how = HOW_FOUND.format(texts=_listed(recommended.texts))
+        return Recommendation(plan=number, limits=str(limits), how=how)
     limits = limits or Limits(perplexity_increase=INCREASE)
     kept_by = [
         number
@@ -277,6 +285,11 @@ def _recommendation(
     ]
     best = max(kept_by, key=lambda i: quality.results[i].sparsity, default=None)
     return Recommendation(plan=best, limits=str(limits), how=HOW_JUDGED)
+
+
+def _listed(names: Sequence[str]) -> str:
+    first, last = ", ".join(names[:-1]), names[-1]
+    return f"{first} and {last}, each by itself" if first else last
 
 
 def _within(upper: float | None, limit: float | None) -> bool:

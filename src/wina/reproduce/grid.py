@@ -349,7 +349,7 @@ def _score(
 ) -> dict[str, Any]:
     each: list[Totals] = []
     total, counter = score_plan(model, plan, windows, dense_prefix, "scoring", each)
-    read, dense = token_bytes(model, plan, counter.read)
+    read, dense = token_bytes(model, plan, counter)
     return {
         "sparsity": counter.sparsity,
         "bytes": read,
