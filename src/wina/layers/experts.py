@@ -95,12 +95,6 @@ class SparseExpertLinear(SparseLayer, ExpertLinear):
         """Let the opened experts see the new vector."""
         self.owner.__dict__["_gates"] = None
 
-    def _decode_bias(self) -> Tensor | None:
-        own = self.bias
-        if self.sparse_bias is None or own is None:
-            return own if self.sparse_bias is None else self.sparse_bias
-        return own + self.sparse_bias
-
 
 SPARSE_CLASSES[ExpertLinear] = SparseExpertLinear
 

@@ -102,7 +102,7 @@ class SparseLayer(nn.Module):
         return super().forward(x)  # type: ignore[no-any-return]
 
     def _decode_bias(self) -> Tensor | None:
-        own = self._parameters["bias"]
+        own: Tensor | None = getattr(self, "bias", None)
         if self.sparse_bias is None or own is None:
             return own if self.sparse_bias is None else self.sparse_bias
         return own + self.sparse_bias

@@ -49,12 +49,6 @@ class MaskedLayer(SparseLayer):
         """Return what the module makes of the masked input; see SparseLayer.forward."""
         return SparseLayer.forward(self, x)
 
-    def _decode_bias(self) -> Tensor | None:
-        own: Tensor | None = getattr(self, "bias", None)
-        if self.sparse_bias is None or own is None:
-            return own if self.sparse_bias is None else self.sparse_bias
-        return own + self.sparse_bias
-
     def mask(self, x: Tensor) -> Tensor:
         """Return True for the channels of ``x`` (..., in_features) that stay in sparse mode."""
         if self.keep is None:
