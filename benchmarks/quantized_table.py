@@ -606,6 +606,16 @@ def main(
                 output=path,
             )
 
+        def calibration_windows() -> list[Tensor]:
+            return text_windows(
+                loaded.model,
+                loaded.tokenizer,
+                [calibration_text],
+                calibration_tokens,
+                context,
+                dense_prefix,
+            )[0]
+
         given = sorted(plans.glob(f"**/{DOCUMENT}")) if plans else []
         for form in chosen:
             begin = time.perf_counter()
@@ -623,7 +633,7 @@ def main(
                         form, name, plan, dense_prefix
                     ),
                 )
-            statistics = calibration(form)
+            statistics = calibration(form) if targets or tuned_targets else None
             for target in targets:
                 table.keep(
                     f"{form.name}-loss-{target:g}",
@@ -658,8 +668,7 @@ def main(
             if (folder / "rows" / f"{form.name}-dense.json").exists():
                 continue
             begin = time.perf_counter()
-            base = Calibration.load(folder / "calibration-bf16") if form.gptq else None
-            table.dress(form, lambda base=base: base.windows() if base else [], ggml)
+            table.dress(form, calibration_windows, ggml)
             table.keep(
                 f"{form.name}-dense", lambda form=form: table.score_dense(form, dense_prefix)
             )
