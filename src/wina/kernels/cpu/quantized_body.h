@@ -14,6 +14,7 @@ namespace wina::WINA_QUANTIZED_SPACE {
 constexpr int vector_bytes = sizeof(Vector);
 constexpr int vector_lanes = vector_bytes / 4;
 constexpr int64_t tile_outputs = 4096;  // float32 sums that stay in a first-level cache
+constexpr int64_t ahead = 32;  // rows between one that is read and one that is fetched
 
 WINA_QUANTIZED_INLINE int32_t pair_at(const int16_t* x) {
   int32_t both;
@@ -22,10 +23,12 @@ WINA_QUANTIZED_INLINE int32_t pair_at(const int16_t* x) {
 }
 
 // Add x of one step to the sums of the outputs in `wide` vectors of codes, which begin `offset`
-// bytes into the rows: sums[i][h] of each vector, see the layout.
+// bytes into the rows: sums[i][h] of each vector, see the layout. The rows in `next` are fetched
+// meanwhile.
 template <int bits, int wide>
 WINA_QUANTIZED_INLINE void add_step(const uint8_t* const* rows, const uint8_t* const* next, int n,
-                                    const int16_t* x, int64_t offset, Vector* sums) {
+                                    const int16_t* x, int64_t offset,
+                                    Vector (&sums)[wide * 32 / bits]) {
   constexpr int each = 32 / bits;
   const Vector low = fill16(bits == 4 ? 0x000f : 0x00ff), high = fill16(0x00f0);
   for (int r = 0; r < n; r += 2) {
@@ -34,7 +37,6 @@ WINA_QUANTIZED_INLINE void add_step(const uint8_t* const* rows, const uint8_t* c
     const Vector values = fill32(pair_at(x + r));
 #pragma GCC unroll 4
     for (int v = 0; v < wide; ++v) {
-      Vector* to = sums + v * each;
       const Vector one = load(a + v * vector_bytes), other = load(b + v * vector_bytes);
       if (v * vector_bytes % 64 == 0) {
         __builtin_prefetch(c + v * vector_bytes, 0, 2);
@@ -42,16 +44,17 @@ WINA_QUANTIZED_INLINE void add_step(const uint8_t* const* rows, const uint8_t* c
       }
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) {
+        const int i = v * each + h;
         Vector both = h == 0 ? interleave_low(one, other) : interleave_high(one, other);
         if (bits == 4) {
-          to[h] = multiply_add(to[h], both & low, values);
-          to[2 + h] = multiply_add(to[2 + h], both & high, values);  // 16 times the code
+          sums[i] = multiply_add(sums[i], both & low, values);
+          sums[i + 2] = multiply_add(sums[i + 2], both & high, values);  // 16 times the code
           both = shift_right(both, 8);
-          to[4 + h] = multiply_add(to[4 + h], both & low, values);
-          to[6 + h] = multiply_add(to[6 + h], both & high, values);
+          sums[i + 4] = multiply_add(sums[i + 4], both & low, values);
+          sums[i + 6] = multiply_add(sums[i + 6], both & high, values);
         } else {
-          to[h] = multiply_add(to[h], shift_signed(shift_left(both, 8), 8), values);
-          to[2 + h] = multiply_add(to[2 + h], shift_signed(both, 8), values);
+          sums[i] = multiply_add(sums[i], shift_signed(shift_left(both, 8), 8), values);
+          sums[i + 2] = multiply_add(sums[i + 2], shift_signed(both, 8), values);
         }
       }
     }
@@ -73,6 +76,20 @@ WINA_QUANTIZED_INLINE Floats points_at(const void* from, int64_t i, int64_t left
   return load_floats(part);
 }
 
+// Fetch the scales (and zeros) of `count` outputs in a group.
+template <Zeros zeros>
+WINA_QUANTIZED_INLINE void fetch_scales(const QuantizedProjection& p, int64_t group, int64_t first,
+                                        int64_t count) {
+  if (group >= p.groups) return;
+  const int64_t width = bytes_of(p.scales_dtype), place = group * p.out + first;
+  auto fetch = [&](const void* from, int64_t bytes) __attribute__((always_inline)) {
+    const char* at = static_cast<const char*>(from) + place * bytes;
+    for (int64_t i = 0; i < count * bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+  };
+  fetch(p.scales, width);
+  if (zeros != Zeros::none) fetch(p.zeros, zeros == Zeros::points ? 1 : width);
+}
+
 // Add a step to the float32 sums of outputs [c, end) in `wide` vectors; part is the first vector's
 // place in its block.
 template <int bits, Zeros zeros, int wide>
@@ -92,6 +109,7 @@ WINA_QUANTIZED_INLINE void add_vectors(const QuantizedProjection& p, const Step&
                        c / outputs * code_block + part * vector_bytes, found);
   const float x_sum = step.scale * float(step.sum);
   const int64_t group = int64_t(step.group) * p.out;
+  fetch_scales<zeros>(p, step.group + 2, c, wide * outputs);
 #pragma GCC unroll 32
   for (int i = 0; i < wide * each; ++i) {
     const int v = part + i / each;
@@ -118,19 +136,14 @@ WINA_QUANTIZED_TARGET static void project_tile(const QuantizedProjection& p, con
                                                float* sums) {
   constexpr int64_t outputs = code_block * 8 / bits;
   constexpr int parts = code_block / vector_bytes;  // vectors of a block
-  const uint8_t* pointers[2][most_rows];
-  auto point = [&](const Step& step, const uint8_t** to) __attribute__((always_inline)) {
-    for (int32_t r = 0; r < step.rows; ++r) to[r] = p.codes + rows[step.first + r] * p.row;
-  };
-  if (count > 0) point(steps[0], pointers[0]);
+  const int64_t all = count > 0 ? steps[count - 1].first + steps[count - 1].rows : 0;
+  const uint8_t *at[most_rows], *next[most_rows];
   for (int64_t s = 0; s < count; ++s) {
     const Step& step = steps[s];
-    const uint8_t** at = pointers[s % 2];
-    // The rows that follow are fetched meanwhile.
-    const uint8_t** next = at;
-    if (s + 1 < count) {
-      point(steps[s + 1], pointers[(s + 1) % 2]);
-      if (steps[s + 1].rows >= step.rows) next = pointers[(s + 1) % 2];
+    for (int32_t r = 0; r < step.rows; ++r) {
+      const int64_t k = step.first + r;
+      at[r] = p.codes + rows[k] * p.row;
+      next[r] = k + ahead < all ? p.codes + rows[k + ahead] * p.row : at[r];
     }
     const int16_t* values = x + step.first;
     int64_t c = begin;
@@ -146,7 +159,8 @@ WINA_QUANTIZED_TARGET static void project_tile(const QuantizedProjection& p, con
 WINA_QUANTIZED_TARGET static void project(const QuantizedProjection& p, const Step* steps,
                                           int64_t count, const int32_t* rows, const int16_t* x,
                                           int64_t begin, int64_t end, float* sums) {
-  std::memset(sums, 0, size_t(end - begin + vector_lanes) * sizeof(float));
+  const int64_t whole = (end - begin + vector_lanes - 1) / vector_lanes * vector_lanes;
+  std::memset(sums, 0, size_t(whole) * sizeof(float));
   for (int64_t c = begin; c < end; c += tile_outputs) {
     const int64_t stop = c + tile_outputs < end ? c + tile_outputs : end;
     float* to = sums + (c - begin);
