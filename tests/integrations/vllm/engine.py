@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,17 @@ def environment(**more: str) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    return {**os.environ, **own, **more}
+    root = str(Path(__file__).parents[3])  # for the engine's own imports from here
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, **own, **more}
+
+
+@dataclass(frozen=True)
+class Forced:
+    """Prompts, and as many tokens that follow each."""
+
+    prompts: list[list[int]]
+    tokens: list[list[int]]
 
 
 def generate(
@@ -40,6 +51,9 @@ def generate(
     env: dict[str, str] | None = None,
     masks: bool = False,
     statistics: bool = False,
+    forced: Sequence[Forced] = (),
+    keep: str = "",
+    broken: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Return the greedy continuations of prompts (token ids) by an engine of its own.
@@ -53,6 +67,10 @@ def generate(
         env: for the engine's processes.
         masks: return the channels that each layer keeps of a fixed input, too.
         statistics: return the number of preemptions, too.
+        forced: rounds with forced tokens, after the others.
+        keep: file for what the model said in each of these rounds (``forcing.said``), and for the
+            inputs of its sparse layers in the last.
+        broken: break the plan in one shard of one layer.
         options: of ``vllm.LLM``.
     """
     request = {
@@ -62,6 +80,9 @@ def generate(
         "batches": list(batches) or [len(prompts)],
         "masks": masks,
         "statistics": statistics,
+        "forced": [vars(one) for one in forced],
+        "keep": keep,
+        "broken": broken,
     }
     found = subprocess.run(
         [sys.executable, __file__],
@@ -103,25 +124,52 @@ def kept_channels(worker: Any) -> dict[str, list[Any]]:
 def main() -> None:
     """Serve the request on stdin."""
     request = json.loads(sys.stdin.read())
+    import torch
     from vllm import LLM, SamplingParams
 
+    if request["forced"]:
+        from tests.integrations.vllm import forcing
+
+        request["options"] |= {"logits_processors": [forcing.Forcing], "async_scheduling": False}
     llm = LLM(seed=0, disable_log_stats=not request["statistics"], **request["options"])
+    if request["broken"]:
+        llm.collective_rpc(forcing.scale_one_shard)
     sampling = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=True)
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
     rounds: list[list[list[int]]] = []
-    for batch in request["batches"]:
+    for batch in request["batches"] if prompts else ():
         answers = [
             answer
             for start in range(0, len(prompts), batch)
             for answer in llm.generate(prompts[start : start + batch], sampling, use_tqdm=False)
         ]
         rounds.append([list(answer.outputs[0].token_ids) for answer in answers])
-    reply: dict[str, Any] = {"tokens": rounds[0], "rounds": rounds}
+    reply: dict[str, Any] = {"tokens": rounds[0] if rounds else [], "rounds": rounds}
     if request["masks"]:
         reply["masks"] = llm.collective_rpc(kept_channels)
     if request["statistics"]:
         named = {metric.name: metric for metric in llm.get_metrics()}
         reply["preemptions"] = named["vllm:num_preemptions"].value
+    if request["forced"]:
+        kept: list[Any] = []
+        inputs: list[Any] = []
+        for number, one in enumerate(request["forced"], 1):
+            if number == len(request["forced"]):
+                inputs = forcing.keep_inputs()
+            length = len(one["tokens"][0])
+            samplings = [
+                SamplingParams(
+                    temperature=0,
+                    max_tokens=length,
+                    ignore_eos=True,
+                    extra_args={"number": place, "forced": tokens},
+                )
+                for place, tokens in enumerate(one["tokens"])
+            ]
+            asked = [{"prompt_token_ids": ids} for ids in one["prompts"]]
+            llm.generate(asked, samplings, use_tqdm=False)
+            kept.append(forcing.said(len(asked), length))
+        torch.save({"said": kept, "inputs": inputs}, request["keep"])
     print(MARK + json.dumps(reply), flush=True)
 
 

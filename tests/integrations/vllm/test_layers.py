@@ -178,6 +178,18 @@ def test_a_plan_beside_a_model(beside: Any, name: str) -> None:
     assert_close(run(layers[name], inputs(name)), expected(name, inputs(name)))
 
 
+@pytest.mark.parametrize("name", PARTS)
+def test_a_row_has_the_same_bits_in_any_batch(beside: Any, name: str) -> None:
+    layers = build(beside)
+    finish(layers)
+    columns = inputs(name).shape[1]
+    x = torch.randn(90, columns, generator=torch.Generator().manual_seed(2))
+    rows = tuple(place % 2 == 0 for place in range(len(x)))
+    together = run(layers[name], x, rows)
+    for some in (1, 2, 3, 5, 17, 40):
+        assert torch.equal(run(layers[name], x[:some], rows[:some]), together[:some])
+
+
 def test_thresholds_stay_float32(beside: Any) -> None:
     torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it builds a model
     try:

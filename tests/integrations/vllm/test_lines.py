@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tomllib
 import types
@@ -24,6 +25,7 @@ def test_known_versions(version: str) -> None:
     assert line.__name__.endswith(LINES[version[:4]])
     assert callable(line.watch_runners)
     assert callable(line.expert_class)
+    assert callable(line.attend_in_one_piece)
 
 
 @pytest.mark.parametrize("version", ["0.23.0", "0.3.2", "1.0", "dev"])
@@ -84,6 +86,16 @@ class RunnerV2:
         return types.SimpleNamespace(
             idx_mapping_np=np.array([2, 0]), num_scheduled_tokens=np.array([1, 3])
         )
+
+
+def test_attention_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "VLLM_CPU_ATTN_SPLIT_KV"
+    for given, wanted in (("1", "1"), (None, "0")):
+        monkeypatch.delenv(name, raising=False)
+        if given is not None:
+            monkeypatch.setenv(name, given)
+        runners.attend_in_one_piece()
+        assert os.environ[name] == wanted
 
 
 def test_the_first_runner(monkeypatch: pytest.MonkeyPatch) -> None:

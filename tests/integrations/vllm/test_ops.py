@@ -62,8 +62,9 @@ def test_each_row_by_itself(rows: str, biased: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("rows", ["d" * 20, "s" * 20, "ds" * 20])
-def test_with_a_copy_for_dense_products(rows: str) -> None:
-    x, weight, thresholds, bias, extra = case(len(rows))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_a_copy_for_dense_products(rows: str, dtype: torch.dtype) -> None:
+    x, weight, thresholds, bias, extra = case(len(rows), dtype)
     seen = []
 
     def product(x: Tensor, part: Tensor) -> Tensor:
@@ -77,8 +78,12 @@ def test_with_a_copy_for_dense_products(rows: str) -> None:
     found = ops.batch_linear(x, weight, thresholds, SIZES, bias, extra)
     sparse, dense = expected(x, weight, thresholds, bias, extra)
     packed._products.clear()
-    assert_close(found, torch.where(torch.tensor(flags)[:, None], sparse, dense))
-    assert len(seen) == len(SIZES) * len(set(rows))
+    assert_close(
+        found, torch.where(torch.tensor(flags)[:, None], sparse, dense), rtol=0.02, atol=0.05
+    )
+    # In float32 sparse rows always skip, so that their bits do not depend on their number.
+    kinds = set(rows) if dtype != torch.float32 else set(rows) & {"d"}
+    assert len(seen) == len(SIZES) * len(kinds)
 
 
 def test_the_option_for_the_copy() -> None:
@@ -143,6 +148,7 @@ def test_fake_and_schema() -> None:
 def test_what_a_graph_on_a_gpu_computes(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The path that looks up the rows on the device, here with the CPU's kernels."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(BATCH, "_on_device", {})
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     x, weight, thresholds, bias, extra = case(count)
     BATCH.prepare(x.device)

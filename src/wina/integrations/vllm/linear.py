@@ -24,11 +24,13 @@ from wina.integrations.vllm.ops import batch_linear
 from wina.integrations.vllm.rows import BATCH, MOST
 from wina.integrations.vllm.shards import check_layer, input_shard
 from wina.kernels import available_backends
-from wina.kernels.cpu.library import input_major
+from wina.kernels.cpu.library import input_major, set_crossover
 from wina.plan import Plan
 
 if TYPE_CHECKING:
     from wina.integrations.vllm.config import WinaConfig
+
+_ANY = 1 << 40  # rows
 
 
 @register_weight_loader_v2_supported_method
@@ -110,6 +112,9 @@ class WinaLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             return
         usual = layer.weight.data
         layer.weight.data = input_major(usual)
+        if usual.device.type == "cpu" and usual.dtype == torch.float32:
+            for outputs in layer.wina_sizes:  # one kernel for any number of rows: see ops
+                set_crossover(usual.dtype, usual.shape[1], outputs, _ANY)
         if self.dense_copy and usual.device.type == "cpu":
             products = packed.pack(list(torch.split(usual, layer.wina_sizes)))
             packed.remember(layer.weight, products)
@@ -189,4 +194,11 @@ def prepare(config: WinaConfig) -> None:
         current.additional_config["wina_plan"] = config.digest
     document = config.document
     BATCH.prefill, BATCH.dense_prefix = document.prefill, document.dense_prefix
-    line_for(vllm.__version__).watch_runners(BATCH.start)
+    line = line_for(vllm.__version__)
+    line.watch_runners(BATCH.start)
+    if current.device_config.device_type == "cpu" and _dtype(current) == torch.float32:
+        line.attend_in_one_piece()
+
+
+def _dtype(config: Any) -> torch.dtype | None:
+    return None if config.model_config is None else config.model_config.dtype

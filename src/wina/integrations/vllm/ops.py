@@ -4,6 +4,9 @@
 its sparse ones. It reads from ``rows.BATCH`` which is which, as vLLM's attention reads its
 metadata, so that a compiled or captured model serves any mix. Sparse rows go to the kernels that
 serve Transformers models.
+
+In float32 on a CPU a row's result has the same bits in any batch. A channel that lies within
+rounding of its threshold is kept or dropped by the last bit, and the text may go another way then.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ SCHEMA = (
     "Tensor[] sparse_bias) -> Tensor"
 )
 SKIPPED = 8  # rows up to which rows of W are skipped, where a dense product is at hand
+ROWS_A_THREAD = 8  # in float32, the least that a dense product gets
 
 
 def batch_linear(
@@ -72,17 +76,34 @@ def _on_cpu(
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if x.device.type == "cpu" and len(x) <= FEW and weight.stride(0) == 1:
-        return dense_linear(x, weight, bias)
-    if (products := products_of(weight)) is not None:
+    if x.device.type != "cpu" or weight.stride(0) != 1:
+        return functional.linear(x, weight, bias)
+    if x.dtype == torch.float32:
+        return _same_sums(x, weight, bias)
+    if len(x) > FEW and (products := products_of(weight)) is not None:
         return _join([product(x) for product in products], bias)
-    return functional.linear(x, weight, bias)
+    return dense_linear(x, weight, bias)
+
+
+def _same_sums(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return W x + b, each row with the same bits whatever the number of rows.
+
+    The libraries have other kernels for a few rows a thread, which sum in another order.
+    """
+    count, least = len(x), ROWS_A_THREAD * torch.get_num_threads()
+    if count < least:
+        x = functional.pad(x, (0, 0, 0, least - count))
+    products = products_of(weight)
+    if products is None:
+        return functional.linear(x, weight, bias)[:count]
+    return _join([product(x)[:count] for product in products], bias)
 
 
 def _sparse(
     x: Tensor, weight: Tensor, thresholds: Tensor, sizes: list[int], bias: Tensor | None
 ) -> Tensor:
-    if len(x) > SKIPPED and (products := products_of(weight)) is not None:
+    many = len(x) > SKIPPED and x.dtype != torch.float32
+    if many and (products := products_of(weight)) is not None:
         masked = (reference.drop(x, vector) for vector in thresholds)
         return _join([product(x) for product, x in zip(products, masked, strict=True)], bias)
     if len(sizes) == 1:

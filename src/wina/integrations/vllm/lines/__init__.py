@@ -1,9 +1,11 @@
 """One module for each line of vLLM versions, with what differs between them.
 
 A module has ``watch_runners(observe)``: let vLLM's model runners call ``observe(first, counts,
-prompts)`` (see ``rows.sparse_rows``) before each forward pass of a real batch; and
-``expert_class()``: the class of vLLM's fused experts. vLLM tells a layer's code how a batch's
-attention is computed, but not where each request's prompt ends; the runner alone knows.
+prompts)`` (see ``rows.sparse_rows``) before each forward pass of a real batch;
+``attend_in_one_piece()``, called for float32 on a CPU, where no bit of a request's results is to
+depend on the batch; and ``expert_class()``: the class of vLLM's fused experts. vLLM tells a
+layer's code how a batch's attention is computed, but not where each request's prompt ends; the
+runner alone knows.
 """
 
 from __future__ import annotations

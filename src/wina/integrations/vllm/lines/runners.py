@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,14 @@ def after(owner: type, method: str, then: Callable[..., None]) -> None:
 
     setattr(watched, _WATCHED, True)
     setattr(owner, method, watched)
+
+
+def attend_in_one_piece() -> None:
+    """Let CPU attention sum over a request's whole context at once, unless the user chose.
+
+    Otherwise how it is cut depends on what else is in the batch.
+    """
+    os.environ.setdefault("VLLM_CPU_ATTN_SPLIT_KV", "0")
 
 
 def watch_v1(observe: Observe) -> None:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from wina.integrations.vllm.lines.runners import Observe, watch_v1, watch_v2
+from wina.integrations.vllm.lines.runners import (
+    Observe,
+    attend_in_one_piece,
+    watch_v1,
+    watch_v2,
+)
+
+__all__ = ["attend_in_one_piece", "expert_class", "watch_runners"]
 
 
 def watch_runners(observe: Observe) -> None:
