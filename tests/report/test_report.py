@@ -214,6 +214,27 @@ def test_a_given_plan_is_used_from_where_it_is(loaded: LoadedModel) -> None:
     assert f"wina run {loaded.name} --plan 'my plan' --compare" in html.unescape(render(report))
 
 
+@pytest.mark.slow
+def test_a_quantized_model(qwen3: Path, tmp_path: Path, cli: Cli) -> None:
+    pytest.importorskip("torchao")
+    folder, page = tmp_path / "calibration", tmp_path / "report.html"
+    common = (qwen3, "--quantize", "int8")
+    done = cli("calibrate", *common, "--tokens", 512, "--context", 128, "-o", folder)
+    assert done.code == 0, done.said
+    arguments = ("--calibration", folder, "--sparsities", "0.5", "--method", "wina")
+    small = ("--tokens", 300, "--context", 100, "--prompt", "hello", "--max-new-tokens", 4)
+    done = cli("report", *common, *arguments, *small, "-o", page)
+    assert done.code == 0, done.said
+    report = Report.model_validate_json(page.with_suffix(".json").read_text(encoding="utf-8"))
+    assert report.model == f"{qwen3}, int8"
+    use = f"wina run {qwen3} --quantize int8 --sparsity 0.5 --method wina"
+    assert use in html.unescape(page.read_text(encoding="utf-8"))
+    row = report.quality.results[0]
+    weights = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32) + 320 * 32
+    assert weights < row.dense_bytes < 2 * weights  # a byte each, rows of 64, and scales
+    assert any("Speed was not measured" in x for x in report.notes)
+
+
 def test_plans_that_cannot_be_reported(loaded: LoadedModel) -> None:
     with pytest.raises(UsageError, match="at least one"):
         report_of(loaded, [])

@@ -13,7 +13,7 @@ from wina.cli import options
 from wina.errors import UsageError
 from wina.evaluation.tasks import check_tasks
 from wina.files import write_text
-from wina.models import identify
+from wina.models import DEMO, identify
 from wina.plan import Plan
 from wina.progress import note
 from wina.report import ReportSettings, make_report, render
@@ -70,6 +70,7 @@ def report(
     ),
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     seed: options.Seed = 0,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -123,7 +124,7 @@ def report(
     found_tasks = None if tasks is None else check_tasks(tasks.split(","), task_data)
     given = [Plan.load(source) for source in plan or ()]
     _, statistics = options.load_artifacts(None, calibration)
-    loaded = options.load(model, dtype, device, revision, trust_remote_code)
+    loaded = options.load(model, dtype, device, revision, trust_remote_code, quantize)
     identity = identify(loaded.model, loaded.name)
     for one_given in given:
         one_given.document.model.check(identity)
@@ -162,6 +163,7 @@ def report(
         tasks=found_tasks,
         recommended=recommended,
         limits=allowed,
+        source=loaded_from(model, quantize),
         output=output,
         command=options.command_line(context),
     )
@@ -171,3 +173,9 @@ def report(
     if as_json:
         options.print_json(result.model_dump(mode="json"))
     note(f"-> {output}, {numbers}", style="none")
+
+
+def loaded_from(model: str | None, quantize: str | None) -> str:
+    """Return the arguments of other commands that load the same model."""
+    words = [model or DEMO, *(() if quantize is None else ("--quantize", quantize))]
+    return shlex.join(words)

@@ -98,6 +98,7 @@ class Report(BaseModel):
     """One report.
 
     Attributes:
+        source: arguments of other commands that load the model.
         plans: in the order in which all results of plans are listed.
         command: that makes the report again.
         settings: what was asked for, by name.
@@ -109,6 +110,7 @@ class Report(BaseModel):
     schema_version: Literal[1] = 1
     kind: Literal["wina report"] = "wina report"
     model: str
+    source: str = ""
     created: str
     command: str
     settings: dict[str, str]

@@ -119,6 +119,7 @@ def make_report(
     tasks: Tasks | None = None,
     recommended: Found | None = None,
     limits: Limits | None = None,
+    source: str | None = None,
     output: Path | None = None,
     command: str = "",
 ) -> Report:
@@ -133,6 +134,7 @@ def make_report(
         recommended: a plan that was found for ``limits``; it joins ``plans``.
         limits: what a recommended plan may lose; without a plan found for them, the most sparse
             of ``plans`` that keeps them on the scored text is recommended.
+        source: arguments of ``wina run`` that load the model; None is its name.
         output: the report's file; work in progress is kept beside it.
         command: that makes the report again, for the record.
 
@@ -210,6 +212,7 @@ def make_report(
             )
     return Report(
         model=loaded.name,
+        source=source or loaded.name,
         created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         command=command,
         settings=_described(settings, plans, loaded),

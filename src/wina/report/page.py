@@ -71,7 +71,7 @@ def render(report: Report) -> str:
         tasks=_task_rows(report.tasks),
         operators=_operator_rows(report),
         gains=_operator_gains(report),
-        use=f"wina run {report.model} {report.plans[shown(report)].use} --compare",
+        use=f"wina run {report.source or report.model} {report.plans[shown(report)].use} --compare",
     )
     return page.replace(" %", "\N{NO-BREAK SPACE}%")
 
