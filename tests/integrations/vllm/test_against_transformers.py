@@ -10,6 +10,8 @@ perturbed by as much as the two programs' dense logits differ.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,12 @@ pytestmark = needs_vllm
 TOKENS, STEPS, FEW = 64, 8, 8
 ROUNDING = 5e-4  # of a logit; what dense logits differ by is printed
 NOISE = 2e-7  # relative, of the control; one unit in float32's last place is 0.6e-7 to 1.2e-7
-OPTIONS = {"dtype": "float32", "max_num_seqs": 64, "enable_prefix_caching": False}
+OPTIONS = {
+    "dtype": "float32",
+    "max_num_seqs": 64,
+    "enable_prefix_caching": False,
+    "enforce_eager": True,
+}
 CALLS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
@@ -61,7 +68,16 @@ class Compared:
 
 
 @pytest.fixture(scope="module")
-def transformers(served: Served, prompts: list[list[int]]) -> Compared:
+def threads() -> Iterator[None]:
+    """All cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def transformers(served: Served, prompts: list[list[int]], threads: None) -> Compared:
     model: Any = served.loaded.model
     ends = [reference.prefill(model, ids) for ids in prompts]
     logits, caches = torch.stack([x[-1] for x, _ in ends]), [cache for _, cache in ends]
@@ -73,7 +89,7 @@ def transformers(served: Served, prompts: list[list[int]]) -> Compared:
     for ids, answer in zip(prompts, answers.tolist(), strict=True):
         logits, cache = reference.prefill(model, ids + answer[:TOKENS])
         starts = range(0, TOKENS, STEPS)
-        parts = [cache and reference.cut(cache, len(ids) + start) for start in starts]
+        parts = [reference.cut(cache, len(ids) + start) for start in starts]
         forced = [answer[start : start + STEPS + 1] for start in starts]
         first = torch.stack([logits[len(ids) + start - 1] for start in starts])
         rounds.append(Forced([ids + answer[:start] for start in starts], forced))
