@@ -10,7 +10,7 @@ import torch
 
 from tests.helpers import make_plan, make_tokenizer
 from tests.integrations.vllm.conftest import Served, needs_vllm, with_plan
-from tests.integrations.vllm.engine import generate
+from tests.integrations.vllm.engine import FLOAT32, generate
 from wina.models import identify, load_model
 
 pytestmark = needs_vllm
@@ -40,8 +40,7 @@ def test_nothing_dropped_is_dense(
 def test_a_saved_sparse_folder_and_a_plan_are_one(
     served: Served, prompts: list[list[int]], half: dict[str, Any]
 ) -> None:
-    options = {"dtype": "float32", "max_num_seqs": 16, "enable_prefix_caching": False}
-    found = generate(served.sparse, prompts[:16], **options)
+    found = generate(served.sparse, prompts[:16], max_num_seqs=16, **FLOAT32)
     assert found["tokens"] == half["tokens"][:16]
 
 
@@ -64,7 +63,7 @@ def test_alone_and_in_a_batch(
 def test_chunks_and_preemptions_change_nothing(
     served: Served, prompts: list[list[int]], half: dict[str, Any]
 ) -> None:
-    options = {"dtype": "float32", "enable_prefix_caching": False, **with_plan(served.plan)}
+    options = {**FLOAT32, **with_plan(served.plan)}
     # Blocks for five sequences or so, and a prompt's chunk of 16 tokens beside the others.
     tight = {"num_gpu_blocks_override": 36, "max_num_batched_tokens": 32, "max_num_seqs": 16}
     asked = prompts[20:36]
