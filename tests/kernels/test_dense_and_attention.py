@@ -10,7 +10,7 @@ from tests.kernels.test_sparse_linear import DTYPES, INSTRUCTION_SETS, TOLERANCE
 from torch.nn import functional
 from torch.testing import assert_close
 
-from wina.kernels import decode_attention, dense_linear, reference
+from wina.kernels import decode_attention, dense_linear, drop_each, reference
 from wina.kernels.cpu import use_instruction_set
 
 SIZES = st.sampled_from([0, 1, 7, 31, 32, 64, 70, 255, 256, 300, 1000])
@@ -69,10 +69,30 @@ def test_what_is_masked_is_never_read() -> None:
     assert decode_attention(query, key, value, mask, 1.0).isnan().all()
 
 
+@compiled
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("rows", [0, 1, 5, 300])
+def test_each_projection_has_its_own_mask(name: str, dtype: torch.dtype, rows: int) -> None:
+    torch.manual_seed(rows)
+    x, thresholds = torch.randn(rows, 70).to(dtype), torch.rand(3, 70)
+    if rows:
+        x[0, 0] = torch.nan
+    wanted = torch.stack([reference.drop(x, vector) for vector in thresholds])
+    with use_instruction_set(name), threads(2):
+        found = drop_each(x, thresholds)
+        other = drop_each(x.t().contiguous().t(), thresholds)
+    assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+    assert_close(other, wanted, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(RuntimeError, match="thresholds must be contiguous float32"):
+        drop_each(torch.randn(2, 5), torch.rand(3, 4))
+
+
 def test_opcheck() -> None:
     x, weight = torch.randn(2, 32).bfloat16(), torch.randn(48, 32).bfloat16()
     ops = torch.ops.wina
     torch.library.opcheck(ops.dense_linear.default, (x, weight, []))
+    torch.library.opcheck(ops.drop_each.default, (x, torch.rand(3, 32)))
     torch.library.opcheck(ops.dense_linear.default, (x, weight, [torch.randn(48).bfloat16()]))
     query, key = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 9, 8)
     mask = torch.ones(1, 1, 1, 9, dtype=torch.bool)

@@ -4,6 +4,7 @@ from wina.kernels.backends import active_backend, available_backends, use_backen
 from wina.kernels.ops import (
     decode_attention,
     dense_linear,
+    drop_each,
     most_likely,
     sparse_gated_mlp,
     sparse_linear,
@@ -17,6 +18,7 @@ __all__ = [
     "available_backends",
     "decode_attention",
     "dense_linear",
+    "drop_each",
     "most_likely",
     "pack",
     "quantized_linear",

@@ -38,6 +38,7 @@ SCHEMAS = {
         "str activation, Tensor[] biases, Tensor[] residual) -> Tensor"
     ),
     "dense_linear": "(Tensor x, Tensor weight, Tensor[] bias) -> Tensor",
+    "drop_each": "(Tensor x, Tensor thresholds) -> Tensor",
     "decode_attention": (
         "(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor"
     ),
@@ -125,6 +126,19 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     if _needs_reference(x, weight, bias):
         return functional.linear(x, weight, bias)
     result: Tensor = torch.ops.wina.dense_linear(x, weight, [] if bias is None else [bias])
+    return result
+
+
+def drop_each(x: Tensor, thresholds: Tensor) -> Tensor:
+    """Return x as each of several projections sees it, shape (projections, rows, in_features).
+
+    Args:
+        x: shape (rows, in_features).
+        thresholds: shape (projections, in_features), float32.
+    """
+    if _needs_reference(x):
+        return reference.drop(x, thresholds[:, None])
+    result: Tensor = torch.ops.wina.drop_each(x, thresholds)
     return result
 
 
@@ -265,6 +279,14 @@ def _fake_dense(x: Tensor, weight: Tensor, bias: list[Tensor]) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def _drop_each(x: Tensor, thresholds: Tensor) -> Tensor:
+    return reference.drop(x, thresholds[:, None])
+
+
+def _fake_drop_each(x: Tensor, thresholds: Tensor) -> Tensor:
+    return x.new_empty((thresholds.shape[0], *x.shape))
+
+
 def _fake_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
 ) -> Tensor:
@@ -293,6 +315,7 @@ def _define() -> None:
         "fused_linears": (_fused_linears, _fake_fused_linears),
         "fused_gated_mlp": (_fused_gated_mlp, _fake_fused_mlp),
         "dense_linear": (_dense, _fake_dense),
+        "drop_each": (_drop_each, _fake_drop_each),
         "decode_attention": (reference.decode_attention, _fake_attention),
         "most_likely": (_most_likely, _fake_most_likely),
     }

@@ -13,7 +13,7 @@ import torch
 
 import wina
 from tests.helpers import english
-from tests.integrations.vllm.engine import generate
+from tests.integrations.vllm.engine import FLOAT32, generate
 from wina.integrations.vllm.serve import overrides
 from wina.models import LoadedModel, identify
 from wina.plan import Plan, shipped_plan
@@ -70,11 +70,12 @@ def with_plan(plan: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def half(served: Served, prompts: list[list[int]], chats: list[list[int]]) -> dict[str, Any]:
-    """What the engine writes in float32 at 50 %, 16 requests at once and then one by one."""
+    """What the engine writes in float32 at 50 %, 16 requests at once; then some one by one."""
     asked = [*prompts, *chats]
-    options = {"dtype": "float32", "max_num_seqs": 16, "enable_prefix_caching": False}
+    options: dict[str, Any] = {**FLOAT32, "max_num_seqs": 16}
     batches = (len(asked), 1)
-    return generate(served.model, asked, batches=batches, **options, **with_plan(served.plan))
+    options |= {"later": 24, **with_plan(served.plan)}
+    return generate(served.model, asked, batches=batches, **options)
 
 
 @pytest.fixture(scope="session")

@@ -48,6 +48,7 @@ def server(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
+    arguments.append("--enforce-eager")  # starts in a third of the time
     command = [str(Path(sys.executable).with_name("wina")), "serve", "demo"]
     command += ["--plan", str(served.plan), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--served-model-name", "smol", "--max-model-len", str(CONTEXT), *arguments]

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from wina.integrations.vllm.packed import products_of
 from wina.integrations.vllm.rows import BATCH
-from wina.kernels import dense_linear, reference, sparse_linear, sparse_linears
+from wina.kernels import dense_linear, drop_each, sparse_linear, sparse_linears
 from wina.layers.linear import FEW
 
 SCHEMA = (
@@ -104,7 +104,7 @@ def _sparse(
 ) -> Tensor:
     many = len(x) > SKIPPED and x.dtype != torch.float32
     if many and (products := products_of(weight)) is not None:
-        masked = (reference.drop(x, vector) for vector in thresholds)
+        masked = drop_each(x, thresholds)
         return _join([product(x) for product, x in zip(products, masked, strict=True)], bias)
     if len(sizes) == 1:
         return sparse_linear(x, weight, thresholds[0], bias)

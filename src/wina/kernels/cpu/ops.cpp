@@ -255,6 +255,29 @@ static Tensor masked(const Tensor& x, const float* thresholds) {
   return result;
 }
 
+// x as each of several projections sees it: shape (projections, rows, in).
+static Tensor drop_each(Tensor x, const Tensor& thresholds) {
+  check(x.dim() == 2, "x must have shape (rows, in)");
+  const int64_t rows = x.size(0), in = x.size(1), count = thresholds.size(0);
+  check(thresholds.dtype() == torch.aoti_torch_dtype_float32() && thresholds.dim() == 2 &&
+            thresholds.size(1) == in && thresholds.is_contiguous(),
+        "thresholds must be contiguous float32 of shape (projections, in)");
+  x = contiguous(std::move(x));
+  Tensor result = Tensor::empty({count, rows, in}, x.dtype());
+  const Dtype dtype = dtype_of(x);
+  const int64_t row = in * bytes_of(dtype);
+  const float* vectors = static_cast<const float*>(thresholds.data());
+  const char* from = static_cast<const char*>(x.data());
+  char* to = static_cast<char*>(result.data());
+  const int64_t parts = std::min(rows, parts_for(in * rows * count));
+  parallel(std::max<int64_t>(parts, 1), [&](int64_t part) {
+    for (int64_t r = rows * part / parts; parts > 0 && r < rows * (part + 1) / parts; ++r)
+      for (int64_t i = 0; i < count; ++i)
+        kernels->drop(dtype, from + r * row, vectors + i * in, to + (i * rows + r) * row, in);
+  });
+  return result;
+}
+
 // --- the sparse path ---
 
 // The live channels of up to max_tokens rows for several projections of one input.
@@ -771,6 +794,11 @@ static void call_dense_linear(Value* stack, uint64_t, uint64_t) {
   stack[0] = dense_linear(std::move(x), weight, biases).release();
 }
 
+static void call_drop_each(Value* stack, uint64_t, uint64_t) {
+  Tensor x = take_tensor(stack[0]), thresholds = take_tensor(stack[1]);
+  stack[0] = drop_each(std::move(x), thresholds).release();
+}
+
 static void call_decode_attention(Value* stack, uint64_t, uint64_t) {
   Tensor query = take_tensor(stack[0]), key = take_tensor(stack[1]);
   Tensor value = take_tensor(stack[2]), mask = take_tensor(stack[3]);
@@ -865,6 +893,7 @@ WINA_EXPORT const char* wina_register(void* (*find)(const char*)) {
       torch.torch_library_impl(library, "fused_linears", call_fused_linears, abi_version) ||
       torch.torch_library_impl(library, "fused_gated_mlp", call_fused_gated_mlp, abi_version) ||
       torch.torch_library_impl(library, "dense_linear", call_dense_linear, abi_version) ||
+      torch.torch_library_impl(library, "drop_each", call_drop_each, abi_version) ||
       torch.torch_library_impl(library, "decode_attention", call_decode_attention, abi_version) ||
       torch.torch_library_impl(library, "add_block", call_add_block, abi_version) ||
       torch.torch_library_impl(library, "decode_blocks", call_decode_blocks, abi_version) ||
