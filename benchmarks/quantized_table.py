@@ -25,6 +25,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -233,6 +234,10 @@ def by_ggml(weight: Tensor, name: str, library: Path) -> Tensor:
     return torch.from_numpy(found).to(weight.device)
 
 
+class _ReachedError(Exception):
+    """All linears of a block have been seen."""
+
+
 class Table:
     """One model in many formats, and the rows found so far."""
 
@@ -292,10 +297,20 @@ class Table:
             mine = [site for site in self.sites if site.block == block]
             grams: dict[str, Tensor] = {}
 
-            def observe(name: str, grams: dict[str, Tensor] = grams) -> Any:
+            seen: set[str] = set()
+
+            def observe(
+                name: str,
+                grams: dict[str, Tensor] = grams,
+                seen: set[str] = seen,
+                mine: list[Site] = mine,
+            ) -> Any:
                 def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
                     x = args[0].reshape(-1, args[0].shape[-1]).float()
                     grams[name] = grams.get(name, 0) + x.T @ x
+                    seen.add(name)
+                    if len(seen) == len(mine):
+                        raise _ReachedError
 
                 return hook
 
@@ -304,8 +319,10 @@ class Table:
                 for site in mine
             ]
             for ids in windows:
-                # The base model only: logits of a large vocabulary are not needed.
-                self.model.base_model(ids.to(self.model.device), use_cache=False)
+                # What comes after the block is not needed.
+                seen.clear()
+                with suppress(_ReachedError):
+                    self.model.base_model(ids.to(self.model.device), use_cache=False)
             for handle in handles:
                 handle.remove()
             for site in mine:
