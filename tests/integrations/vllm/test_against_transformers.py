@@ -256,4 +256,4 @@ def test_differences_begin_at_a_threshold(
         f"by both and none by one, inputs apart by {max(noises):.1e} of their rms at most"
     )
     assert max(margins) < 1e-4
-    assert max(noises) < 1e-4
+    assert max(noises) < 3e-4

@@ -64,10 +64,10 @@ def test_chunks_and_preemptions_change_nothing(
     served: Served, prompts: list[list[int]], half: dict[str, Any]
 ) -> None:
     options = {**FLOAT32, **with_plan(served.plan)}
-    # Blocks for five sequences or so, and a prompt's chunk of 16 tokens beside the others.
+    # Blocks for nine sequences or so, and a prompt's chunk of 16 tokens beside the others.
     tight = {"num_gpu_blocks_override": 36, "max_num_batched_tokens": 32, "max_num_seqs": 16}
     asked = prompts[20:36]
-    found = generate(served.model, asked, **options, **tight, block_size=16, statistics=True)
+    found = generate(served.model, asked, **options, **tight, block_size=32, statistics=True)
     print(f"\n{found['preemptions']} preemptions")
     assert found["preemptions"] > 0
     assert found["tokens"] == half["tokens"][20:36]

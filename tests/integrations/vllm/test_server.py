@@ -27,7 +27,7 @@ REQUESTS, AT_ONCE = 200, 8
 WRITTEN = 24
 CONTEXT = 512
 PATIENCE = 600
-OPTIONS = {"dtype": "float32", "block_size": 16, "max_num_seqs": 8}
+OPTIONS = {"dtype": "float32", "block_size": 32, "max_num_seqs": 8}
 
 
 def post(url: str, body: bytes) -> tuple[int, dict[str, Any]]:
