@@ -52,7 +52,7 @@ def test_alone_and_in_a_batch(half: dict[str, Any]) -> None:
 
 @pytest.mark.xfail(
     reason="not reached: eager, 2 of 16 texts are the same, and without wina 8 of 16",
-    strict=False,
+    strict=True,
 )
 def test_alone_and_in_a_batch_in_16_bits(
     served: Served, prompts: list[list[int]], dense: dict[str, Any]
