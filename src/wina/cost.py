@@ -159,13 +159,15 @@ def token_bytes(
     head: Any = None if plan.document.include_head else model.get_output_embeddings()
     other = 0.0 if head is None else _weight_bytes(head, head.weight.numel(), width)
     dense = other
+    modules = dict(model.named_modules())
     for name, linear in plan.document.linears.items():
-        dense += _weight_bytes(model.get_submodule(name), linear.cost, width)
+        dense += _weight_bytes(modules.get(name), linear.cost, width)
     return counter.bytes_read(width) + other + extra_bytes(plan, width), dense
 
 
-def _weight_bytes(module: nn.Module, weights: float, width: int) -> float:
-    found = stored(module)
+def _weight_bytes(module: nn.Module | None, weights: float, width: int) -> float:
+    # A fused expert is a module of its own only while it is looked into; its weight is of floats.
+    found = None if module is None else stored(module)
     return weights * width if found is None else found.code_bytes + found.scale_bytes
 
 
