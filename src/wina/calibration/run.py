@@ -50,6 +50,7 @@ from wina.models import (
     Site,
     called_sites,
     check_supported,
+    context_limit,
     find_sites,
     identify,
     start_ids,
@@ -257,7 +258,7 @@ def _window(
     model: PreTrainedModel, settings: CalibrationSettings, start: list[int], held_out: int
 ) -> int:
     """Return the tokens of a window; raise UsageError if the dense prefix leaves none to count."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_limit(model)
     context = min(settings.context, limit or settings.context)
     window = min(context - len(start), held_out)
     # The last position has no next token.

@@ -5,7 +5,6 @@ Each source yields token ids in pieces, so that neither text nor tokens need fit
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from wina.errors import UsageError, WinaError
+from wina.files import digest
 
 PIECE = 1 << 18  # characters tokenized at once, cut at a line's end
 MARK = "\u2063"  # stands for a message when a chat template is taken apart
@@ -59,11 +59,7 @@ class FileText:
 
     def describe(self) -> str:
         """Return the files' names and contents' hashes."""
-        digests = []
-        for path in self.paths:
-            with path.open("rb") as file:
-                digests.append(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}")
-        return "files: " + ", ".join(digests)
+        return "files: " + ", ".join(f"{path.name} {digest(path)}" for path in self.paths)
 
     def pieces(
         self, model: PreTrainedModel, tokenizer: Tokenizer, start: list[int], first: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from wina.criteria import criteria
 from wina.errors import UsageError
 from wina.evaluation import Limits, Recommendation, limit_windows, recommend
 from wina.evaluation.recommend import WINDOW
+from wina.files import digest
 from wina.generation import Mode
 from wina.models import LoadedModel, identify, load_model
 from wina.models.gguf import keep_codes
@@ -255,9 +255,7 @@ def recommended(
     prefix = calibration.document.dense_prefix
     windows = {"held-out text": calibration.windows(held_out=True, length=WINDOW)}
     for path in texts or ():
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest in calibration.document.source:
+        if digest(path) in calibration.document.source:
             raise UsageError(f"calibration has read {path}: a limit takes text that is new to it")
         name = path.name if path.name not in windows else str(path)
         windows[name] = limit_windows(loaded.model, loaded.tokenizer, path, prefix)

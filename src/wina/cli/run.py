@@ -20,7 +20,7 @@ from wina.errors import UsageError
 from wina.generation import Decoder, Generation, Sampling, encode_prompt, generate
 from wina.layers import lay_out_for_decode
 from wina.measures import score_plan
-from wina.models import LoadedModel, identify, start_ids
+from wina.models import LoadedModel, context_limit, identify, start_ids
 from wina.plan import Plan
 from wina.progress import console
 from wina.tuning import TUNED
@@ -181,7 +181,7 @@ def _quality(loaded: LoadedModel, plan: Plan) -> dict[str, float]:
     text = "\n".join(topics[name] for name in sorted(topics))[: SCORED_TOKENS * 8]
     start = start_ids(loaded.model, loaded.tokenizer)
     ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"][:SCORED_TOKENS]
-    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_limit(loaded.model)
     length = min(SCORED_CONTEXT, limit or SCORED_CONTEXT) - len(start)
     windows = [
         torch.tensor([[*start, *ids[first : first + length]]])

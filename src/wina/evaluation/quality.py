@@ -25,7 +25,7 @@ from wina.errors import UsageError
 from wina.evaluation.bounds import divergence, perplexity_increase
 from wina.files import kept
 from wina.measures import Totals, compare, score_plan
-from wina.models import start_ids
+from wina.models import context_limit, start_ids
 from wina.plan import Plan, PlannedLinear
 from wina.progress import track
 
@@ -129,7 +129,7 @@ def text_windows(
     """
     if tokens < 1 or dense_prefix < 0:
         raise UsageError("tokens must be at least 1, and the dense prefix not negative")
-    limit = _limit(model)
+    limit = context_limit(model)
     if limit and context > limit:
         raise UsageError(f"the model's context is {limit} positions, {context} were asked for")
     start = start_ids(model, tokenizer)
@@ -182,7 +182,7 @@ def evaluate(
         work: a folder where each result is kept as it comes, and found when started again; what
             is in it must be of the same model, plans and settings.
     """
-    context = min(CONTEXT, _limit(model) or CONTEXT) if context is None else context
+    context = min(CONTEXT, context_limit(model) or CONTEXT) if context is None else context
     windows, start = text_windows(model, tokenizer, paths, tokens, context, dense_prefix)
 
     def result_of(plan: Plan, number: int) -> SparseResult:
@@ -210,11 +210,6 @@ def evaluate(
         dense=dense,
         results=results,
     )
-
-
-def _limit(model: PreTrainedModel) -> int | None:
-    """Return the positions that the model can hold, if it says."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _score_dense(

@@ -18,6 +18,7 @@ from wina.errors import UsageError, WinaError
 from wina.evaluation.bounds import FEWEST, Bound, divergence, perplexity_increase
 from wina.evaluation.quality import text_windows
 from wina.measures import Totals, score_plan
+from wina.models import context_limit
 from wina.plan import Plan
 from wina.progress import note
 
@@ -99,8 +100,7 @@ def limit_windows(
         WinaError: the text is too short for a bound.
     """
     everything = path.stat().st_size  # a token has a byte or more
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    size = min(WINDOW, limit or WINDOW)
+    size = min(WINDOW, context_limit(model) or WINDOW)
     windows, _ = text_windows(model, tokenizer, [path], everything, size, dense_prefix)
     full = [ids for ids in windows if ids.shape[1] == size]
     _check_count(path.name, len(full))

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from wina.errors import UsageError
 from wina.generation.decoder import Decoder
 from wina.generation.sampling import Sampling
+from wina.models import context_limit
 
 
 @dataclass
@@ -64,7 +65,7 @@ def generate(
         UsageError: an empty prompt, or one that leaves no room in the model's context or in the
             decoder.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_limit(model)
     if not prompt:
         raise UsageError("the prompt is empty")
     if max_new_tokens < 1:

@@ -10,6 +10,7 @@ from wina.models.structure import (
     called_sites,
     check_bare,
     check_supported,
+    context_limit,
     find_sites,
     run_body,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "called_sites",
     "check_bare",
     "check_supported",
+    "context_limit",
     "families",
     "family_of",
     "find_sites",

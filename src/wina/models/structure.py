@@ -101,6 +101,11 @@ def check_supported(model: PreTrainedModel) -> None:
         raise UsageError(f"unsupported architecture {name}: its tokens see those after them")
 
 
+def context_limit(model: PreTrainedModel) -> int | None:
+    """Return the positions that the model can hold, if it says."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def find_sites(model: nn.Module, include_head: bool = False) -> list[Site]:
     """Return the linears of the blocks in order, and the head last if asked for.
 

@@ -29,7 +29,7 @@ from wina.evaluation.tasks import Tasks, TasksEvaluation, evaluate_tasks
 from wina.files import kept, work_folder
 from wina.layers import scoring
 from wina.layers.linear import read_by_others
-from wina.models import LoadedModel, find_sites, identify
+from wina.models import LoadedModel, context_limit, find_sites, identify
 from wina.plan import Plan
 from wina.report.document import (
     PlanNote,
@@ -387,7 +387,7 @@ def _other_thresholds(
 def _speed(loaded: LoadedModel, plans: Sequence[Plan], settings: ReportSettings) -> BenchReport:
     targets = [plan.document.target_sparsity for plan in plans]
     following = iter(plans)
-    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_limit(loaded.model)
     chosen = BenchSettings(
         sparsities=targets,  # in order, so that results are in the order of plans
         context=min(512, (limit or 1024) // 2),
