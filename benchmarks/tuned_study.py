@@ -6,7 +6,7 @@
 
 A run is CALIBRATION:SPARSITY:SEED. ``self`` is calibrated and tuned on text that the model writes
 itself, ``mix`` on that and on --text in equal parts. What is there already is not made again, and
-``score --wait SECONDS`` scores plans beside a ``tune`` that is still making them.
+``score --plans 9 --wait SECONDS`` scores plans beside ``tune``s that are still making them.
 
 The gap ratio is (ppl - dense) / (uniform WINA - dense), uniform WINA top-k's perplexity
 interpolated log-linearly to the plan's realized sparsity.
@@ -117,7 +117,6 @@ def tune(
         )
         plan.save(path)
         print(f"{one}: tuned in {time.perf_counter() - begin:.1f} s", flush=True)
-    write_text(folder / "tuned", "")
 
 
 @app.command()
@@ -129,7 +128,8 @@ def score(
     context: int = 2_048,
     dense_prefix: int = 20,
     grid: str = "0.45,0.5,0.55,0.62,0.66,0.7",
-    wait: Annotated[float, typer.Option(help="Seconds to wait for more plans.")] = 0.0,
+    plans: Annotated[int, typer.Option(help="Plans to wait for.")] = 0,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for them.")] = 0.0,
     device: str = "auto",
 ) -> None:
     """Score uniform WINA top-k, untuned plans and the tuned ones; print a Markdown table."""
@@ -168,12 +168,13 @@ def score(
     for point in points:
         add(f"uniform-{point}", make_plan(found, point, "wina", "uniform", "topk"))
     add("loss-0.5", make_plan(found, 0.5, "loss", model=loaded.model, refine=True))
+    scored: set[str] = set()
     while True:
-        last = (folder / "tuned").exists() or time.monotonic() > deadline
         for plan in sorted((folder / "plans").glob("*/plan.json")):
-            if plan.parent.name not in records:
+            if plan.parent.name not in scored:
                 add(plan.parent.name, Plan.load(plan.parent))
-        if last:
+                scored.add(plan.parent.name)
+        if len(scored) >= plans or time.monotonic() > deadline:
             break
         time.sleep(1)
     where = torch.cuda.get_device_name() if loaded.model.device.type == "cuda" else "cpu"
