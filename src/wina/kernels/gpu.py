@@ -90,6 +90,12 @@ def decode_attention(
     return result
 
 
+def attention_step(*arguments: Any) -> Tensor:
+    """Return ``reference.attention_step``."""
+    result: Tensor = _backend().attention_step(*arguments)
+    return result
+
+
 def most_likely(logits: Tensor) -> Tensor:
     """Return ``logits.argmax(-1)``, the first of equals as there, in two rounds.
 
@@ -165,6 +171,7 @@ def register() -> None:
         "sparse_linears": sparse_linears,
         "sparse_gated_mlp": sparse_gated_mlp,
         "decode_attention": decode_attention,
+        "attention_step": attention_step,
         "most_likely": most_likely,
     }
     for name, implementation in implementations.items():
