@@ -1,9 +1,9 @@
 """Take a traced step's rotary embedding and the write of its static cache into attention.
 
-Around each layer's attention stand a few kernels of a microsecond or two: the rotation of query and
-key, the writes of key and value, the counting of positions. Where they have the form that most models
-share (rotation over halves, wholly or of a head's first part), one operator does it all. As in
-wina.kernels.fusion, it is read off the graph.
+Around each layer's attention stand a few kernels of a microsecond or two: the rotation of query
+and key, the writes of key and value, the counting of positions. Where they have the form that
+most models share (rotation over halves, wholly or of a head's first part), one operator does it
+all. As in wina.kernels.fusion, it is read off the graph.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch.fx import GraphModule
 from wina.kernels.cuda.attention import attends
 from wina.kernels.patterns import ADD, MULTIPLY, OPS, is_call, is_node, rotated, written
 
-
 # Nodes are typed Any below: torch types their arguments as anything.
 
 
@@ -31,12 +30,13 @@ def attend(module: GraphModule, fits: Callable[..., bool] = attends) -> None:
     """
     graph = module.graph
     order = {node: place for place, node in enumerate(graph.nodes)}
-    lengths = []
+    lengths, turns = [], dict[Any, Any]()
     for node in list(graph.nodes):
         members: set[Any] = set()
         arguments = _arguments(node, members, order)
         if arguments is None or not fits(*_values(arguments)):
             continue
+        arguments[3:5] = _kept(arguments[3], arguments[4], turns)
         with graph.inserting_before(node):
             call = graph.call_function(OPS.attention_step, tuple(arguments))
         call.meta = dict(node.meta)
@@ -50,15 +50,27 @@ def attend(module: GraphModule, fits: Callable[..., bool] = attends) -> None:
             graph.call_function(torch._foreach_add_, (lengths, 1))
 
 
+def _kept(cos: Any, sin: Any, known: dict[Any, Any]) -> list[Any]:
+    """Return cos and sin made once for all layers: the compiler would compute them for each."""
+    if (cos, sin) not in known:
+        graph = cos.graph
+        order = {node: place for place, node in enumerate(graph.nodes)}
+        with graph.inserting_after(max(cos, sin, key=order.__getitem__)):
+            both = graph.call_function(OPS.both, (cos, sin))
+        with graph.inserting_after(both):
+            known[cos, sin] = [graph.call_function(operator.getitem, (both, i)) for i in (1, 0)][
+                ::-1
+            ]
+    return list(known[cos, sin])
+
+
 def _values(arguments: list[Any]) -> tuple[Any, ...]:
-    query, cos, key, value, mask = (
-        arguments[i].meta["example_value"] for i in (0, 3, 5, 6, 8)
-    )
+    query, cos, key, value, mask = (arguments[i].meta["example_value"] for i in (0, 3, 5, 6, 8))
     return query, key, value, mask, cos.shape[-1]
 
 
 def _arguments(node: Any, members: set[Any], order: dict[Any, int]) -> list[Any] | None:
-    """Return the arguments of ``attention_step`` for an attention, or None; note what it replaces."""
+    """Return an attention's arguments of ``attention_step``, or None; note what it replaces."""
     if not is_call(node, OPS.decode_attention, OPS.decode_attention.default):
         return None
     turned, keys, values, mask, scale = node.args

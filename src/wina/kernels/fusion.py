@@ -98,9 +98,7 @@ def _has_fused(module: GraphModule) -> bool:
     """Return whether norms and residuals may move into the sparse operators' own kernels."""
     if _on_gpu(module):
         return True
-    return "cpu" in available_backends() and all(
-        x.dtype != torch.float64 for x in _tensors(module)
-    )
+    return "cpu" in available_backends() and all(x.dtype != torch.float64 for x in _tensors(module))
 
 
 def _on_gpu(module: GraphModule) -> bool:

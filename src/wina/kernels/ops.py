@@ -47,6 +47,7 @@ SCHEMAS = {
         "(Tensor query, Tensor new_key, Tensor new_value, Tensor cos, Tensor sin, "
         "Tensor(a!) key, Tensor(b!) value, Tensor length, Tensor mask, float scale) -> Tensor"
     ),
+    "both": "(Tensor cos, Tensor sin) -> Tensor",
     "most_likely": "(Tensor logits) -> Tensor",
 }
 # What only the CPU library computes: a row of decoder blocks, made known under a number
@@ -308,6 +309,10 @@ def _fake_step(query: Tensor, new_key: Tensor, new_value: Tensor, *rest: object)
     return query.new_empty((*query.shape[:3], new_value.shape[3]))
 
 
+def _both(cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.stack((cos, sin))
+
+
 def _most_likely(logits: Tensor) -> Tensor:
     return logits.argmax(-1)
 
@@ -332,6 +337,7 @@ def _define() -> None:
         "drop_each": (_drop_each, _fake_drop_each),
         "decode_attention": (reference.decode_attention, _fake_attention),
         "attention_step": (_attention_step, _fake_step),
+        "both": (_both, _both),  # an operator's result is computed once, whatever reads it
         "most_likely": (_most_likely, _fake_most_likely),
     }
     for name, (implementation, fake) in implementations.items():
