@@ -23,6 +23,7 @@ from torch.testing import assert_close
 
 from wina.kernels import reference
 from wina.kernels.cuda import attention as attention_module
+from wina.kernels.cuda import likely as likely_module
 from wina.kernels.cuda import rows as rows_module
 from wina.kernels.cuda.compile import SHARED, SOURCES
 from wina.kernels.cuda.rows import TOKENS, Config
@@ -65,7 +66,7 @@ def build(folder: Path, source: str, name: str, macros: tuple[tuple[str, int], .
     dynamic = r"extern __shared__ __align__\(16\) (\w+) (\w+)\[\];"
     text = (SOURCES / source).read_text()
     text, found = re.subn(dynamic, r"\1* \2 = reinterpret_cast<\1*>(emulation::memory());", text)
-    assert found or "__shared__" not in text
+    assert found or "extern __shared__" not in text
     (place / "kernel.cu").write_text(text)
     flags = [f"-D{key}={value}" for key, value in (*macros, ("KERNEL", name))]
     command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off", *flags]
@@ -90,7 +91,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[..., None
             library = build(folder, source, name, macros)
             return Emulated(library, dict(macros).get("CLUSTER", 1), threads, given)
 
-        for module in (rows_module, attention_module, gate_module):
+        for module in (rows_module, attention_module, gate_module, likely_module):
             monkeypatch.setattr(module, "kernel", kernel)
 
     return use
@@ -110,7 +111,7 @@ CONFIGS = {
     "copies": Config(lanes=8, groups=8, unroll=4, cluster=1, loads=2),
     "cluster": Config(lanes=8, groups=4, unroll=2, cluster=4, loads=2),
     "whole": Config(lanes=4, groups=16, unroll=3, cluster=4, loads=1, whole=1),
-    "wide": Config(lanes=32, groups=2, unroll=4, cluster=2, loads=1),
+    "wide": Config(lanes=32, groups=2, unroll=4, cluster=2, loads=1, ahead=20),
 }
 
 
@@ -325,6 +326,21 @@ def test_a_full_cache_is_left_alone(emulate: Callable[..., None]) -> None:
     emulate(query, key, value, cos, sin, *cache, mask, length)
     attention_module.attention_step(query, key, value, cos, sin, *cache, length, mask, 0.2)
     assert all(torch.equal(*pair) for pair in zip(cache, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocabulary", [96, 40_008])
+def test_most_likely(emulate: Callable[..., None], vocabulary: int, dtype: torch.dtype) -> None:
+    """Equals and NaN included: the first one, in whichever block it lies."""
+    torch.manual_seed(0)
+    logits = torch.randn(6, vocabulary).to(dtype)
+    logits[1] = 0.0
+    logits[2, vocabulary // 2], logits[2, 70] = 9.0, 9.0
+    logits[3, -1] = torch.inf
+    logits[4, 50], logits[4, 51], logits[4, vocabulary // 2] = torch.nan, torch.nan, torch.inf
+    logits[5] = -torch.inf
+    emulate(logits)
+    assert torch.equal(likely_module.most_likely(logits), logits.argmax(-1))
 
 
 def test_gate(emulate: Callable[..., None]) -> None:

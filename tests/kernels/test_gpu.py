@@ -340,6 +340,15 @@ def test_attention_step(
         assert_close(one, two, rtol=2e-2, atol=2e-2 if dtype != torch.float32 else 1e-4)
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("vocabulary", [320, 1001, 49_152, 128_256])
+def test_most_likely(backend: str, vocabulary: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(8, vocabulary, device="cuda").to(dtype)
+    logits[1], logits[2, ::7], logits[3, 300:] = 0.0, 9.0, torch.nan
+    assert torch.equal(torch.ops.wina.most_likely(logits), logits.argmax(-1))
+
+
 def test_opcheck_and_capture(backend: str) -> None:
     x = torch.randn(1, 64, device="cuda").bfloat16()
     w, t = weight(64, 48, torch.bfloat16), torch.rand(64, device="cuda")

@@ -9,6 +9,7 @@ seen; a threshold of 0 drops nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+MOST_PARTS, FEWEST_PARTS = 512, 16  # of a vocabulary, each looked at by one block of a GPU
 CHUNK = 512  # positions of attention in one batch of a matrix product
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -201,3 +203,18 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     low, high = turned.chunk(2, -1)
     swapped = torch.cat((-high, low), -1)
     return torch.cat((turned * cos[:, None] + swapped * sin[:, None], rest), -1)
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """Return ``logits.argmax(-1)``, the first of equals as there, in two rounds.
+
+    torch gives a whole row to one block of a GPU, which takes 27 us for 128,256 logits on an H100,
+    as long as reading 80 MB of weights.
+    """
+    *rows, vocabulary = logits.shape
+    parts = math.gcd(vocabulary, MOST_PARTS)
+    if parts < FEWEST_PARTS:
+        return logits.argmax(-1)
+    highest, places = logits.reshape(*rows, parts, vocabulary // parts).max(-1)
+    part = highest.argmax(-1, keepdim=True)
+    return (part * (vocabulary // parts) + places.gather(-1, part)).squeeze(-1)

@@ -172,6 +172,11 @@ __device__ __forceinline__ long long peek(const long long* address) {
 // Towards the second-level cache, multiples of 16 bytes. It takes nothing from there, so it may stand
 // before wait_for_inputs.
 __device__ __forceinline__ void fetch(const void* address, u32 bytes) {
+#if LINES
+  for (u32 i = 0; i < bytes; i += 128)
+    asm volatile("prefetch.global.L2 [%0];" : : "l"(static_cast<const char*>(address) + i));
+  return;
+#endif
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" : : "l"(address), "r"(bytes) : "memory");
 }
 

@@ -69,6 +69,7 @@ def gated_mlp(
 
 
 attention_step = reference.attention_step
+most_likely = reference.most_likely
 decode_attention = reference.decode_attention  # torch's own matrix products serve here
 
 
