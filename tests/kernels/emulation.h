@@ -288,4 +288,5 @@ extern "C" void launch(int grid, int threads_, int cluster_, int shared, const v
       if (running && progress == before) fail("some threads wait for others that never come");
     }
   }
+  fibers = std::vector<Fiber>();  // their stacks are large, and many kernels are loaded
 }
