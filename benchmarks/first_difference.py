@@ -1,8 +1,8 @@
 """Where greedy text of the kernels leaves that of the reference kernels, and at which channel.
 
-Both decode the embedded model under its plan, uncompiled, on one device. For each token that follows, every
-linear's mask is compared; where the first one differs, the channel is printed with how far it lies
-from its threshold and how far rounding moved it.
+Both decode the embedded model under its plan, uncompiled, on one device. For each token that
+follows, every linear's mask is compared; where the first one differs, the channel is printed with
+how far it lies from its threshold and how far rounding moved it.
 
     python benchmarks/first_difference.py --tokens 20
     python benchmarks/first_difference.py --device cuda --dtype bfloat16
