@@ -1,10 +1,11 @@
-"""Where greedy text of the CPU kernels leaves that of the reference kernels, and at which channel.
+"""Where greedy text of the kernels leaves that of the reference kernels, and at which channel.
 
-Both decode the embedded model under its plan, uncompiled. For each token that follows, every
-linear's mask is compared; where the first one differs, the channel is printed with how far it lies
-from its threshold and how far rounding moved it.
+Both decode the embedded model under its plan, uncompiled, on one device. For each token that
+follows, every linear's mask is compared; where the first one differs, the channel is printed with
+how far it lies from its threshold and how far rounding moved it.
 
     python benchmarks/first_difference.py --tokens 20
+    python benchmarks/first_difference.py --device cuda --dtype bfloat16
 """
 
 from __future__ import annotations
@@ -69,14 +70,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=20)
     parser.add_argument("--prompt", type=int, default=512, help="random tokens before them")
+    parser.add_argument("--model", help="a file of the embedded model's, if it is not installed")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
-    model = load_model(None, dtype="float32").model
-    sparsify(model, Plan.load(SHIPPED))
+    model = load_model(options.model, dtype=options.dtype, device=options.device).model
+    sparsify(model, Plan.load(SHIPPED), check=options.model is None)
     lay_out_for_decode(model)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (1, options.prompt), generator=generator)
     theirs = decode(model, prompt, options.tokens, "reference")
-    ours = decode(model, prompt, options.tokens, "cpu")
+    ours = decode(model, prompt, options.tokens, options.device)
     layers = list(sparse_layers(model))
     for place, (a, b) in enumerate(zip(ours, theirs, strict=True), 1):
         found = flips(layers, a, b)
@@ -84,6 +88,10 @@ def main() -> None:
         print(f"token {place}: logits differ by {difference:.1e}, masks in {len(found)} channels")
         if found:
             print("first:", found[0])
+        if a[0] != b[0]:
+            gap = float(b[1].max() - b[1][0, a[0]])
+            print(f"the token differs: its logit is {gap:.3f} below the reference's first")
+        if found or a[0] != b[0]:
             return
 
 

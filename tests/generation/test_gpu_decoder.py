@@ -17,6 +17,7 @@ import wina
 from tests.helpers import make_plan
 from wina.bench import BenchSettings, bench
 from wina.generation import Decoder
+from wina.generation import decoder as decoder_module
 from wina.kernels import available_backends, use_backend
 from wina.kernels.fusion import fuse
 from wina.layers import lay_out_for_decode, phase_of
@@ -102,6 +103,31 @@ def test_the_benchmark() -> None:
     assert [one.same_text for one in report.results] == [True] * 3
     assert report.results[0].realized_sparsity == 0
     assert report.results[1].realized_sparsity < report.results[2].realized_sparsity
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_layers_attention_is_one_operator(
+    monkeypatch: pytest.MonkeyPatch, backend: str, sparse: bool
+) -> None:
+    seen: Counter[str] = Counter()
+
+    def count(graph: GraphModule) -> GraphModule:
+        fuse(graph)
+        seen.update(
+            str(getattr(node.target, "__name__", node.target)) for node in graph.graph.nodes
+        )
+        return graph
+
+    monkeypatch.setattr(decoder_module, "fuse", count)
+    model = small_model()
+    if sparse:
+        wina.sparsify(model, make_plan(model, 0.5), check=False)
+    with use_backend(backend):
+        decoder = Decoder(model, 40, mode="compiled")
+        decoder.prefill([[1, 2, 3]])
+        decoder.step()
+    layers = model.config.num_hidden_layers
+    assert seen["attention_step"] == (layers if backend == "cuda" else 0)
 
 
 def test_norms_and_residuals_are_fused() -> None:

@@ -151,6 +151,20 @@ static element load_one(const element* address) {
   if (!emulation::now->waited) emulation::fail("read before the kernel before has ended");
   return __ldg(address);
 }
+static u8 load_flag(const u8* address) {
+  if (!emulation::now->waited) emulation::fail("read before the kernel before has ended");
+  return __ldg(address);
+}
+static long long load_count(const long long* address) {
+  if (!emulation::now->waited) emulation::fail("read before the kernel before has ended");
+  return __ldg(address);
+}
+static long long peek(const long long* address) { return __ldg(address); }
+static void fetch(const void* address, u32 bytes) {
+  if (bytes % 16) emulation::fail("what is fetched is no multiple of 16 bytes");
+  emulation::check(address, 16);
+  emulation::check(static_cast<const char*>(address) + bytes - 16, 16);
+}
 static u64 stream_policy() { return 0; }
 static void copy_stream(void* to, const void* address, u64) {
   emulation::check(address, 16);
@@ -274,4 +288,5 @@ extern "C" void launch(int grid, int threads_, int cluster_, int shared, const v
       if (running && progress == before) fail("some threads wait for others that never come");
     }
   }
+  fibers = std::vector<Fiber>();  // their stacks are large, and many kernels are loaded
 }

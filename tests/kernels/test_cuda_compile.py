@@ -14,6 +14,7 @@ pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings")
 
 from wina.errors import WinaError
 from wina.kernels.cuda import rows, table
+from wina.kernels.cuda.attention import UNROLL
 from wina.kernels.cuda.compile import compiled, mapping
 from wina.kernels.cuda.tune import Shape, cuts, streams
 
@@ -75,10 +76,11 @@ def test_a_later_architecture() -> None:
     assert compiled("rows.cu", mapping(macros), (10, 0))
 
 
-@pytest.mark.parametrize("queries", [1, 4, 8])
-def test_attention(queries: int, tmp_path: Path) -> None:
-    unroll = 4 if queries <= 4 else 2
-    macros = {"ELEMENT": 2, "SIZE": 128, "QUERIES": queries, "CLUSTER": 8, "UNROLL": unroll}
+@pytest.mark.parametrize("rotary", [0, 64, 128])
+@pytest.mark.parametrize("queries", [1, 4, 7, 8])
+def test_attention(queries: int, rotary: int, tmp_path: Path) -> None:
+    macros = {"ELEMENT": 2, "SIZE": 128, "QUERIES": queries, "CLUSTER": 16, "UNROLL": UNROLL}
+    macros["ROTARY"] = rotary
     assert spilled(compiled("attention.cu", mapping(macros), HOPPER), tmp_path) in (None, 0)
 
 

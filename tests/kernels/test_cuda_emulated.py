@@ -23,6 +23,7 @@ from torch.testing import assert_close
 
 from wina.kernels import reference
 from wina.kernels.cuda import attention as attention_module
+from wina.kernels.cuda import likely as likely_module
 from wina.kernels.cuda import rows as rows_module
 from wina.kernels.cuda.compile import SHARED, SOURCES
 from wina.kernels.cuda.rows import TOKENS, Config
@@ -65,7 +66,7 @@ def build(folder: Path, source: str, name: str, macros: tuple[tuple[str, int], .
     dynamic = r"extern __shared__ __align__\(16\) (\w+) (\w+)\[\];"
     text = (SOURCES / source).read_text()
     text, found = re.subn(dynamic, r"\1* \2 = reinterpret_cast<\1*>(emulation::memory());", text)
-    assert found or "__shared__" not in text
+    assert found or "extern __shared__" not in text
     (place / "kernel.cu").write_text(text)
     flags = [f"-D{key}={value}" for key, value in (*macros, ("KERNEL", name))]
     command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off", *flags]
@@ -90,7 +91,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[..., None
             library = build(folder, source, name, macros)
             return Emulated(library, dict(macros).get("CLUSTER", 1), threads, given)
 
-        for module in (rows_module, attention_module, gate_module):
+        for module in (rows_module, attention_module, gate_module, likely_module):
             monkeypatch.setattr(module, "kernel", kernel)
 
     return use
@@ -110,7 +111,7 @@ CONFIGS = {
     "copies": Config(lanes=8, groups=8, unroll=4, cluster=1, loads=2),
     "cluster": Config(lanes=8, groups=4, unroll=2, cluster=4, loads=2),
     "whole": Config(lanes=4, groups=16, unroll=3, cluster=4, loads=1, whole=1),
-    "wide": Config(lanes=32, groups=2, unroll=4, cluster=2, loads=1),
+    "wide": Config(lanes=32, groups=2, unroll=4, cluster=2, loads=1, ahead=20),
 }
 
 
@@ -261,10 +262,85 @@ def test_attention(
     mask = (torch.arange(positions) < filled)[None, None, None]
     if filled > 1:
         mask = mask & (torch.rand(2, 1, 1, positions) > 0.3)
-    emulate(query, key, value)
+    emulate(query, key, value, mask)
     found = attention_module.decode_attention(query, key, value, mask, size**-0.5)
     wanted = reference.decode_attention(*wide(query, key, value), mask, size**-0.5)
     assert_close(found.double(), wanted, rtol=2e-2, atol=2e-2)
+
+
+STEPS = [
+    # heads, key heads, size, rotated; positions, of which filled
+    (torch.float32, (4, 4, 32, 32), (70, 0)),
+    (torch.float32, (4, 4, 32, 16), (70, 69)),
+    (torch.bfloat16, (6, 2, 64, 64), (300, 222)),
+    (torch.float16, (6, 2, 64, 32), (1200, 1111)),
+    (torch.bfloat16, (8, 1, 32, 32), (1200, 1026)),
+]
+
+
+@pytest.mark.parametrize(("dtype", "heads", "positions"), STEPS, ids=str)
+def test_attention_step(
+    emulate: Callable[..., None],
+    heads: tuple[int, int, int, int],
+    positions: tuple[int, int],
+    dtype: torch.dtype,
+) -> None:
+    """The cache to the bit, the result within rounding; the mask has holes, also at the end."""
+    count, shared, size, turned = heads
+    most, filled = positions
+    torch.manual_seed(most)
+    batch = 2 if most < 1000 else 1
+    projected = torch.randn(batch, 1, (count + 2 * shared) * size).to(dtype)
+    parts = projected.split([count * size, shared * size, shared * size], -1)
+    query, key, value = (part.view(batch, 1, -1, size).transpose(1, 2) for part in parts)
+    cos, sin = (torch.randn(batch, 1, turned).to(dtype) for _ in range(2))
+    cache = [torch.randn(batch, shared, most, size).to(dtype) for _ in range(2)]
+    cache[0][:, :, filled:] = torch.nan  # never read
+    wanted_cache = [part.clone() for part in cache]
+    mask = torch.rand(batch, 1, 1, most) > 0.3
+    length = torch.tensor(filled)
+    if dtype == torch.float32:
+        length = length[None]
+    arguments = (query, key, value, cos, sin)
+    emulate(projected, cos, sin, *cache, mask, length)
+    found = attention_module.attention_step(*arguments, *cache, length, mask, 0.2)
+    reference.attention_step(*arguments, *wanted_cache, length, mask, 0.2)
+    for one, other in zip(cache, wanted_cache, strict=True):
+        close = 1e-6 if dtype == torch.float32 else 0
+        assert_close(one, other, rtol=close, atol=close, equal_nan=True)
+    seen = mask & (torch.arange(most) < filled) | (torch.arange(most) == filled)
+    q = reference.rotated(query, cos, sin)
+    wanted = reference.decode_attention(
+        *wide(q, *(part.nan_to_num() for part in wanted_cache)), seen, 0.2
+    )
+    allowed = TOLERANCE[dtype]
+    assert_close(found.double(), wanted, rtol=allowed, atol=allowed)
+
+
+def test_a_full_cache_is_left_alone(emulate: Callable[..., None]) -> None:
+    query, key, value = (torch.randn(1, 2, 1, 32) for _ in range(3))
+    cos, sin, length = torch.randn(1, 1, 32), torch.randn(1, 1, 32), torch.tensor(40)
+    cache = [torch.randn(1, 2, 40, 32) for _ in range(2)]
+    before = [part.clone() for part in cache]
+    mask = torch.ones(1, 1, 1, 40, dtype=torch.bool)
+    emulate(query, key, value, cos, sin, *cache, mask, length)
+    attention_module.attention_step(query, key, value, cos, sin, *cache, length, mask, 0.2)
+    assert all(torch.equal(*pair) for pair in zip(cache, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocabulary", [96, 40_008])
+def test_most_likely(emulate: Callable[..., None], vocabulary: int, dtype: torch.dtype) -> None:
+    """Equals and NaN included: the first one, in whichever block it lies."""
+    torch.manual_seed(0)
+    logits = torch.randn(6, vocabulary).to(dtype)
+    logits[1] = 0.0
+    logits[2, vocabulary // 2], logits[2, 70] = 9.0, 9.0
+    logits[3, -1] = torch.inf
+    logits[4, 50], logits[4, 51], logits[4, vocabulary // 2] = torch.nan, torch.nan, torch.inf
+    logits[5] = -torch.inf
+    emulate(logits)
+    assert torch.equal(likely_module.most_likely(logits), logits.argmax(-1))
 
 
 def test_gate(emulate: Callable[..., None]) -> None:

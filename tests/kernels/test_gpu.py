@@ -221,6 +221,10 @@ def test_small_for_sanitizers(loads: int, cluster: int) -> None:
         found = decode_attention(query, cache[0], cache[1], mask, 0.125)
         x = torch.randn(9, 264, device="cuda").to(dtype)
         torch.ops.wina.sparse_linear(x, w[0], t[0], [])
+        new = torch.randn(2, 1, 2, 1, 64, device="cuda").to(dtype)
+        turn = torch.randn(2, 1, 1, 64, device="cuda").to(dtype)
+        length = torch.tensor(222, device="cuda")
+        torch.ops.wina.attention_step(query, *new, *turn, *cache, length, mask, 0.125)
     wanted = reference.decode_attention(query, cache[0], cache[1], mask, 0.125)
     assert_close(found, wanted, rtol=2e-2, atol=2e-2)
 
@@ -275,6 +279,74 @@ def test_attention(
     found = decode_attention(query, key, value, mask, size**-0.5)
     wanted = reference.decode_attention(*wide(query, key, value), mask, size**-0.5)
     assert_close(found.double(), wanted, rtol=2e-2, atol=2e-2 if dtype != torch.float32 else 1e-4)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(
+    ("heads", "turned"),
+    [
+        ((4, 4, 64), 64),
+        ((9, 3, 64), 64),
+        ((32, 8, 128), 128),
+        ((28, 4, 128), 96),
+        ((40, 10, 96), 96),
+    ],
+)
+@pytest.mark.parametrize(("positions", "batch"), [(256, 1), (768, 3), (4352, 1), (8448, 2)])
+def test_attention_step(
+    backend: str,
+    heads: tuple[int, int, int],
+    turned: int,
+    positions: int,
+    batch: int,
+    dtype: torch.dtype,
+) -> None:
+    """Several steps in a row, captured in a graph: the reference's cache to the bit."""
+    count, shared, size = heads
+    torch.manual_seed(positions)
+    filled = (3 * positions // 4, 0, 1, positions - 4)[torch.randint(4, ()).item()]
+    projected = torch.randn(4, batch, 1, (count + 2 * shared) * size, device="cuda").to(dtype)
+    turns = torch.randn(2, 4, 1, 1, turned, device="cuda").to(dtype)
+    cache = [torch.randn(batch, shared, positions, size, device="cuda").to(dtype) for _ in "kv"]
+    for part in cache:
+        part[:, :, filled:] = 0
+    other = [part.clone() for part in cache]
+    length = torch.tensor(filled, device="cuda")
+    mask = torch.rand(batch, 1, 1, positions, device="cuda") > 0.2
+
+    def run(step: Callable[..., Tensor], cache: list[Tensor]) -> list[Tensor]:
+        found = []
+        for i in range(4):
+            split = projected[i].split([count * size, shared * size, shared * size], -1)
+            parts = [part.view(batch, 1, -1, size).transpose(1, 2) for part in split]
+            found.append(step(*parts, *turns[:, i], *cache, length, mask, size**-0.5))
+            length.add_(1)
+        length.sub_(4)
+        return found
+
+    run(torch.ops.wina.attention_step, [part.clone() for part in cache])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run(torch.ops.wina.attention_step, cache)
+    graph.replay()
+    first = [one.clone() for one in found]
+    graph.replay()
+    assert all(map(torch.equal, found, first))
+    wanted = run(reference.attention_step, other)
+    close = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0, "atol": 0}
+    for one, two in zip(cache, other, strict=True):
+        assert_close(one, two, **close)
+    for one, two in zip(found, wanted, strict=True):
+        assert_close(one, two, rtol=2e-2, atol=2e-2 if dtype != torch.float32 else 1e-4)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("vocabulary", [320, 1001, 49_152, 128_256])
+def test_most_likely(backend: str, vocabulary: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(8, vocabulary, device="cuda").to(dtype)
+    logits[1], logits[2, ::7], logits[3, 300:] = 0.0, 9.0, torch.nan
+    assert torch.equal(torch.ops.wina.most_likely(logits), logits.argmax(-1))
 
 
 def test_opcheck_and_capture(backend: str) -> None:

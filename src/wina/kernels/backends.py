@@ -67,6 +67,11 @@ def active_backend() -> str:
     return _active
 
 
+def serves(name: str) -> bool:
+    """Return whether a backend runs on this machine and no other is forced."""
+    return active_backend() in (AUTO, name) and unavailable(name) is None
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Compute the kernels with one backend inside the block; "auto" lets each device choose.

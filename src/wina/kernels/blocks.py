@@ -19,14 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from wina.kernels.backends import available_backends
 from wina.kernels.cpu import library
+from wina.kernels.patterns import ADD, is_node, only_user, rotated, written
 
 OPS = torch.ops.wina
-ADD = (operator.add, torch.add)
-MULTIPLY = (operator.mul, torch.mul)
 LINEARS = (OPS.fused_linears, OPS.quantized_linears)
 MLPS = (OPS.fused_gated_mlp, OPS.quantized_gated_mlp)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -179,7 +178,7 @@ def _is_fixed(node: Any, members: set[Any], dtype: torch.dtype) -> bool:
     if node.op == "placeholder":
         return True
     if node.target in ADD and not node.kwargs:
-        fixed = all(_is_node(x) and x.op == "placeholder" for x in node.args)
+        fixed = all(is_node(x) and x.op == "placeholder" for x in node.args)
     else:
         fixed = node.target == "new_empty" and tuple(node.args[1:]) == (0,)
         node.meta["dtype"] = dtype
@@ -195,7 +194,7 @@ def _block(qkv: Any) -> _Block | None:
     if qkv.target not in LINEARS or len(qkv.args[4]) != 3:
         return None
     x, norm, epsilon, weights, thresholds, biases, residual = qkv.args
-    like = x.meta.get("example_value") if _is_node(x) else None
+    like = x.meta.get("example_value") if is_node(x) else None
     if len(norm) != 1 or residual or like is None or like.dtype not in DTYPES:
         return None
     if like.ndim != 3 or like.shape[1] != 1:
@@ -204,13 +203,13 @@ def _block(qkv: Any) -> _Block | None:
     heads = [_heads(qkv, index, members) for index in range(3)]
     if any(one is None for one in heads):
         return None
-    q, k = (_rotated(one, members) for one in heads[:2])
+    q, k = (rotated(one, members) for one in heads[:2])
     if q is None or k is None or q[1:] != k[1:]:
         return None
-    keys, values = _written(k[0], members), _written(heads[2], members)
+    keys, values = written(k[0], members), written(heads[2], members)
     if keys is None or values is None or keys[1] is not values[1]:
         return None
-    attention = _only_user(q[0])
+    attention = only_user(q[0])
     if attention is None or attention.target != OPS.decode_attention:
         return None
     if attention.args[:3] != (q[0], keys[0], values[0]):
@@ -222,11 +221,11 @@ def _block(qkv: Any) -> _Block | None:
     if out.args[1] or list(out.args[6]) != [x]:
         return None
     members.add(out)
-    y = _only_user(out)
+    y = only_user(out)
     if y is None or y.target is not operator.getitem or y.args[1] != 0:
         return None
     members.add(y)
-    mlp = _only_user(y)
+    mlp = only_user(y)
     if mlp is None or mlp.target not in MLPS:
         return None
     if mlp.args[0] is not y or len(mlp.args[1]) != 1 or list(mlp.args[7]) != [y]:
@@ -249,85 +248,21 @@ def _block(qkv: Any) -> _Block | None:
 def _heads(qkv: Any, index: int, members: set[Any]) -> Any:
     """Return a projection as (batch, heads, 1, size), or None."""
     found = [x for x in qkv.users if x.target is operator.getitem and x.args[1] == index]
-    view = _only_user(found[0]) if len(found) == 1 else None
+    view = only_user(found[0]) if len(found) == 1 else None
     if view is None or view.target != "view":
         return None
-    turned = _only_user(view)
+    turned = only_user(view)
     if turned is None or turned.target != "transpose" or turned.args[1:] != (1, 2):
         return None
     members.update((found[0], view, turned))
     return turned
 
 
-def _rotated(x: Any, members: set[Any]) -> tuple[Any, Any, Any] | None:
-    """Return x cos + (-x2, x1) sin, with cos and sin of shape (batch, 1, size), or None."""
-    straight = [node for node in x.users if node.target in MULTIPLY]
-    total = _only_user(straight[0]) if len(straight) == 1 else None
-    if total is None or total.target not in ADD or total.args[0] is not straight[0]:
-        return None
-    crossed = total.args[1]
-    if not _is_node(crossed) or crossed.target not in MULTIPLY:
-        return None
-    swapped, sin = crossed.args
-    cos = straight[0].args[1]
-    if straight[0].args[0] is not x or not _is_call(swapped, torch.cat):
-        return None
-    (parts, *_), axis = swapped.args, swapped.kwargs.get("dim", swapped.args[1:])
-    if axis != -1 or len(parts) != 2 or not _is_call(parts[0], operator.neg, torch.neg):
-        return None
-    high, low = parts[0].args[0], parts[1]
-    size = x.meta["example_value"].shape[-1]
-    halves = (slice(size // 2, None, None), slice(None, size // 2, None))
-    for part, half in zip((high, low), halves, strict=True):
-        if not _is_call(part, operator.getitem) or part.args != (x, (Ellipsis, half)):
-            return None
-    rows = [_row_of(node, size, x, members) for node in (cos, sin)]
-    if any(row is None for row in rows):
-        return None
-    members.update((straight[0], crossed, swapped, parts[0], high, low, total))
-    return total, rows[0], rows[1]
-
-
-def _row_of(node: Any, size: int, x: Any, members: set[Any]) -> Any:
-    """Return what a node unsqueezes at 1, of shape (batch or 1, 1, size) and x's dtype."""
-    if not _is_call(node, "unsqueeze") or node.args[1:] != (1,):
-        return None
-    value, like = node.args[0].meta.get("example_value"), x.meta["example_value"]
-    if value is None or value.dtype != like.dtype or value.ndim != 3:
-        return None
-    if value.shape[0] not in (1, like.shape[0]) or value.shape[1:] != (1, size):
-        return None
-    members.add(node)
-    return node.args[0]
-
-
-def _written(state: Any, members: set[Any]) -> tuple[Any, Any] | None:
-    """Return the cache into which a state is written at the cache's length, and that length."""
-    write = _only_user(state)
-    if write is None or write.target != "index_copy_" or write.users or write.args[1] != 2:
-        return None
-    cache, _, place, written = write.args
-    if written is not state or cache.op != "placeholder" or not _is_call(place, *ADD):
-        return None
-    first, length = place.args
-    one = _is_call(first, torch.arange) and first.args == (1,)
-    if not one or not _is_node(length) or length.op != "placeholder":
-        return None
-    grown = [x for x in length.users if x.target == "add_" and x.args == (length, 1)]
-    if len(grown) != 1 or grown[0].users:
-        return None
-    readers = {"index_copy_", OPS.decode_attention}
-    if any(user.target not in readers for user in cache.users) or len(cache.users) != 2:
-        return None
-    members.update((write, place, first, grown[0]))
-    return cache, length
-
-
 def _mixed(attention: Any, members: set[Any]) -> Any:
     """Return what reads the heads side by side, or None."""
     node = attention
     for names in (("transpose",), ("reshape", "view"), ("contiguous",)):
-        following = _only_user(node)
+        following = only_user(node)
         if following is None:
             return None
         if following.target in names:
@@ -335,16 +270,4 @@ def _mixed(attention: Any, members: set[Any]) -> Any:
             node = following
         elif names != ("contiguous",):
             return None
-    return _only_user(node)
-
-
-def _is_node(node: Any) -> bool:
-    return isinstance(node, Node)
-
-
-def _is_call(node: Any, *targets: Any) -> bool:
-    return _is_node(node) and node.target in targets
-
-
-def _only_user(node: Any) -> Any:
-    return next(iter(node.users)) if len(node.users) == 1 else None
+    return only_user(node)

@@ -5,7 +5,8 @@ computes, and no module or family is named: operators that share an input become
 ``sparse_linears``, and down(act(gate(x)) * up(x)) becomes ``sparse_gated_mlp`` (or those of
 quantized weights). On the CPU dense
 linears of a few rows (the head) become ``dense_linear``; norms before and residuals after the
-sparse operators move into them (wina.kernels.absorb). The fused
+sparse operators move into them (wina.kernels.absorb); on a GPU attention takes its rotary embedding
+and the write of its cache (wina.kernels.attend). The fused
 operators compute the same sums in the same order; only the activation is the kernel's own, equal
 to torch's to the last bits of a float32.
 """
@@ -22,7 +23,8 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional
 
 from wina.kernels.absorb import absorb
-from wina.kernels.backends import available_backends
+from wina.kernels.attend import attend
+from wina.kernels.backends import available_backends, serves
 from wina.kernels.dense import use_dense
 
 OPS = torch.ops.wina
@@ -52,6 +54,8 @@ def fuse(module: GraphModule) -> GraphModule:
     if _has_fused(module):
         use_dense(module)
         absorb(module)
+    if _on_gpu(module) and serves("cuda"):
+        attend(module)
     module.graph.lint()
     module.recompile()
     return module
@@ -92,11 +96,18 @@ def _use_rows_kernel(node: Any) -> None:
 
 def _has_fused(module: GraphModule) -> bool:
     """Return whether norms and residuals may move into the sparse operators' own kernels."""
-    values = [node.meta.get("example_value") for node in module.graph.nodes]
-    tensors = [x for x in values if isinstance(x, torch.Tensor)]
-    if any(x.device.type == "cuda" for x in tensors):
+    if _on_gpu(module):
         return True
-    return "cpu" in available_backends() and all(x.dtype != torch.float64 for x in tensors)
+    return "cpu" in available_backends() and all(x.dtype != torch.float64 for x in _tensors(module))
+
+
+def _on_gpu(module: GraphModule) -> bool:
+    return any(x.device.type == "cuda" for x in _tensors(module))
+
+
+def _tensors(module: GraphModule) -> list[torch.Tensor]:
+    values = [node.meta.get("example_value") for node in module.graph.nodes]
+    return [x for x in values if isinstance(x, torch.Tensor)]
 
 
 def _fuse_group(group: list[Any], order: dict[Any, int]) -> None:

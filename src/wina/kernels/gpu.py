@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -15,7 +14,6 @@ from wina.kernels.cuda import quantized
 from wina.kernels.quantized import QuantizedWeight
 
 CUDA, TRITON = "cuda", "triton"
-MOST_PARTS, FEWEST_PARTS = 512, 16  # of a vocabulary, each looked at by one block
 
 
 def fused_linears(
@@ -90,19 +88,16 @@ def decode_attention(
     return result
 
 
-def most_likely(logits: Tensor) -> Tensor:
-    """Return ``logits.argmax(-1)``, the first of equals as there, in two rounds.
+def attention_step(*arguments: Any) -> Tensor:
+    """Return ``reference.attention_step``."""
+    result: Tensor = _backend().attention_step(*arguments)
+    return result
 
-    torch gives a whole row to one block, which takes 27 us for 128,256 logits on an H100, as long
-    as reading 80 MB of weights.
-    """
-    *rows, vocabulary = logits.shape
-    parts = math.gcd(vocabulary, MOST_PARTS)
-    if parts < FEWEST_PARTS:
-        return logits.argmax(-1)
-    highest, places = logits.reshape(*rows, parts, vocabulary // parts).max(-1)
-    part = highest.argmax(-1, keepdim=True)
-    return (part * (vocabulary // parts) + places.gather(-1, part)).squeeze(-1)
+
+def most_likely(logits: Tensor) -> Tensor:
+    """Return ``logits.argmax(-1)``, the first of equals as there."""
+    result: Tensor = _backend().most_likely(logits)
+    return result
 
 
 def skips(x: Tensor, outputs: Sequence[int], *, gated: bool) -> bool:
@@ -165,6 +160,7 @@ def register() -> None:
         "sparse_linears": sparse_linears,
         "sparse_gated_mlp": sparse_gated_mlp,
         "decode_attention": decode_attention,
+        "attention_step": attention_step,
         "most_likely": most_likely,
     }
     for name, implementation in implementations.items():

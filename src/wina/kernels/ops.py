@@ -8,6 +8,7 @@ gradient reaches the kept channels and the weights (tuning has its own form of t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,11 @@ SCHEMAS = {
     "decode_attention": (
         "(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor"
     ),
+    "attention_step": (
+        "(Tensor query, Tensor new_key, Tensor new_value, Tensor cos, Tensor sin, "
+        "Tensor(a!) key, Tensor(b!) value, Tensor length, Tensor mask, float scale) -> Tensor"
+    ),
+    "both": "(Tensor cos, Tensor sin) -> Tensor",
     "most_likely": "(Tensor logits) -> Tensor",
 }
 # What only the CPU library computes: a row of decoder blocks, made known under a number
@@ -294,6 +300,19 @@ def _fake_attention(
     return query.new_empty((*query.shape[:3], value.shape[3]))
 
 
+def _attention_step(*arguments: Any) -> Tensor:
+    return reference.attention_step(*arguments)
+
+
+def _fake_step(query: Tensor, new_key: Tensor, new_value: Tensor, *rest: object) -> Tensor:
+    del new_key, rest
+    return query.new_empty((*query.shape[:3], new_value.shape[3]))
+
+
+def _both(cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.stack((cos, sin))
+
+
 def _most_likely(logits: Tensor) -> Tensor:
     return logits.argmax(-1)
 
@@ -317,6 +336,8 @@ def _define() -> None:
         "dense_linear": (_dense, _fake_dense),
         "drop_each": (_drop_each, _fake_drop_each),
         "decode_attention": (reference.decode_attention, _fake_attention),
+        "attention_step": (_attention_step, _fake_step),
+        "both": (_both, _both),  # an operator's result is computed once, whatever reads it
         "most_likely": (_most_likely, _fake_most_likely),
     }
     for name, (implementation, fake) in implementations.items():

@@ -9,6 +9,7 @@ seen; a threshold of 0 drops nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+MOST_PARTS, FEWEST_PARTS = 512, 16  # of a vocabulary, each looked at by one block of a GPU
 CHUNK = 512  # positions of attention in one batch of a matrix product
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -146,3 +148,73 @@ def decode_attention(
         found = torch.matmul(split, value.view(batch, shared, parts, CHUNK, -1))
         found = found.float().sum(2).to(value.dtype)
     return found.reshape(batch, heads, 1, -1)
+
+
+def attention_step(
+    query: Tensor,
+    new_key: Tensor,
+    new_value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key: Tensor,
+    value: Tensor,
+    length: Tensor,
+    mask: Tensor,
+    scale: float,
+    attention: Callable[..., Tensor] = decode_attention,
+) -> Tensor:
+    """Rotate a new position's query and key, write key and value to the cache, and attend.
+
+    Args:
+        query: as projected, shape (batch, heads, 1, size).
+        new_key: as projected, shape (batch, key heads, 1, size).
+        new_value: shape (batch, key heads, 1, value size).
+        cos: of the rotation, shape (batch or 1, 1, rotated), the query's dtype: that many of a
+            head's numbers are rotated, the first half of them with the second.
+        sin: likewise.
+        key: the cache, shape (batch, key heads, positions, size); written in place.
+        value: the cache, shape (batch, key heads, positions, value size); written in place.
+        length: positions before the new one, int64, one number; they are less than ``positions``.
+        mask: True where the query sees, shape (batch or 1, 1, 1, positions); at the new position
+            it does, and after it it does not, whatever the mask says.
+        scale: of the scores.
+        attention: computes ``decode_attention``.
+
+    Returns:
+        Shape (batch, heads, 1, value size), the query's dtype.
+    """
+    place = length.reshape(1)
+    key.index_copy_(2, place, rotated(new_key, cos, sin))
+    value.index_copy_(2, place, new_value)
+    positions = torch.arange(key.shape[2], device=key.device)
+    seen = (mask & (positions < place)) | (positions == place)
+    return attention(rotated(query, cos, sin), key, value, seen, scale)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return heads under a rotary embedding over halves, rounded as Transformers rounds it.
+
+    Args:
+        x: shape (batch, heads, 1, size).
+        cos: shape (batch or 1, 1, rotated).
+        sin: likewise.
+    """
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    low, high = turned.chunk(2, -1)
+    swapped = torch.cat((-high, low), -1)
+    return torch.cat((turned * cos[:, None] + swapped * sin[:, None], rest), -1)
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """Return ``logits.argmax(-1)``, the first of equals as there, in two rounds.
+
+    torch gives a whole row to one block of a GPU, which takes 27 us for 128,256 logits on an H100,
+    as long as reading 80 MB of weights.
+    """
+    *rows, vocabulary = logits.shape
+    parts = math.gcd(vocabulary, MOST_PARTS)
+    if parts < FEWEST_PARTS:
+        return logits.argmax(-1)
+    highest, places = logits.reshape(*rows, parts, vocabulary // parts).max(-1)
+    part = highest.argmax(-1, keepdim=True)
+    return (part * (vocabulary // parts) + places.gather(-1, part)).squeeze(-1)

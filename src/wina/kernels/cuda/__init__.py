@@ -11,11 +11,20 @@ from torch.nn import functional
 
 from wina.kernels import reference
 from wina.kernels.cuda import rows
-from wina.kernels.cuda.attention import decode_attention
+from wina.kernels.cuda.attention import attention_step, decode_attention
 from wina.kernels.cuda.gate import gate
+from wina.kernels.cuda.likely import most_likely
 from wina.kernels.cuda.table import config_for
 
-__all__ = ["decode_attention", "gated_mlp", "linears", "load", "skips"]
+__all__ = [
+    "attention_step",
+    "decode_attention",
+    "gated_mlp",
+    "linears",
+    "load",
+    "most_likely",
+    "skips",
+]
 
 CAPABILITY = (9, 0)  # clusters of blocks, and launches that overlap
 

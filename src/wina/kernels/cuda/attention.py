@@ -1,4 +1,4 @@
-"""Attention of one position on a GPU: the launch of attention.cu."""
+"""Attention of one position on a GPU: the launches of attention.cu."""
 
 from __future__ import annotations
 
@@ -16,15 +16,27 @@ SIZES = (32, 64, 128, 256)  # of a head: powers of two
 MOST = 8  # query heads to a key head
 SHARED = 64 << 10
 BLOCKS = 160  # about one a multiprocessor
+CLUSTERS = (16, 8, 4, 2)  # the first needs a device that takes more than CUDA promises
+UNROLL = 2  # positions that a thread has under way
 
 
 class _Arguments(ctypes.Structure):
     _fields_ = (
-        ("query", ctypes.c_void_p),
-        ("key", ctypes.c_void_p),
-        ("value", ctypes.c_void_p),
-        ("mask", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "query",
+                "key",
+                "value",
+                "mask",
+                "out",
+                "new_key",
+                "new_value",
+                "cos",
+                "sin",
+                "length",
+            )
+        ),
         *(
             (name, ctypes.c_longlong)
             for name in (
@@ -37,6 +49,11 @@ class _Arguments(ctypes.Structure):
                 "value_head",
                 "value_position",
                 "mask_batch",
+                "new_key_batch",
+                "new_key_head",
+                "new_value_batch",
+                "new_value_head",
+                "turn_batch",
             )
         ),
         ("scale", ctypes.c_float),
@@ -45,20 +62,39 @@ class _Arguments(ctypes.Structure):
     )
 
 
-def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
+def attends(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, rotary: int = 0) -> bool:
+    """Return whether the kernel serves tensors of such shapes and dtypes; fake ones serve too.
+
+    Args:
+        query: shape (batch, heads, 1, size).
+        key: shape (batch, key heads, positions, size).
+        value: shape (batch, key heads, positions, value size).
+        mask: shape (batch or 1, 1, 1, positions).
+        rotary: how many of a head's numbers are rotated.
+    """
     size, ratio = query.shape[-1], query.shape[1] // key.shape[1]
     width = 16 // query.element_size()
     return (
         query.dtype in ELEMENTS
+        and query.dtype == key.dtype == value.dtype
         and size in SIZES
         and width * 32 >= size
         and value.shape[-1] == size
         and ratio <= MOST
         and ratio * size * 4 * (THREADS // 32) <= SHARED
         and mask.dtype == torch.bool
-        and all(x.stride(-1) == 1 and x.data_ptr() % 16 == 0 for x in (query, key, value))
-        and all(step % width == 0 for x in (query, key, value) for step in x.stride()[:-1])
-        and mask.stride(-1) == 1
+        and rotary % (2 * width) == 0
+        and rotary <= size
+    )
+
+
+def _lies_well(mask: Tensor, *tensors: Tensor) -> bool:
+    """Return whether vectors of 16 bytes can be read from tensors."""
+    return mask.stride(-1) == 1 and all(
+        x.stride(-1) == 1
+        and x.data_ptr() % 16 == 0
+        and all(step * x.element_size() % 16 == 0 for step in x.stride()[:-1])
+        for x in tensors
     )
 
 
@@ -66,22 +102,91 @@ def decode_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
 ) -> Tensor:
     """Return softmax(scale q k^T, where mask) v for one position; see the reference."""
-    if not _fits(query, key, value, mask):
+    if not (attends(query, key, value, mask) and _lies_well(mask, query, key, value)):
         return reference.decode_attention(query, key, value, mask, scale)
+    return _launch(query, key, value, mask, scale)
+
+
+def attention_step(
+    query: Tensor,
+    new_key: Tensor,
+    new_value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key: Tensor,
+    value: Tensor,
+    length: Tensor,
+    mask: Tensor,
+    scale: float,
+) -> Tensor:
+    """Rotate, write to the cache and attend in one launch; see the reference."""
+    arguments = (query, new_key, new_value, cos, sin, key, value, length, mask, scale)
+    rotary = cos.shape[-1]
+    tensors = (query, new_key, new_value, key, value, cos, sin)
+    same = all(x.dtype == query.dtype for x in tensors) and cos.stride() == sin.stride()
+    if not (
+        same
+        and attends(query, key, value, mask, rotary)
+        and _lies_well(mask, *tensors)
+        and length.dtype == torch.int64
+    ):
+        return reference.attention_step(*arguments)
+    return _launch(
+        query,
+        key,
+        value,
+        mask,
+        scale,
+        rotary,
+        new_key=new_key.data_ptr(),
+        new_value=new_value.data_ptr(),
+        cos=cos.data_ptr(),
+        sin=sin.data_ptr(),
+        length=length.data_ptr(),
+        new_key_batch=new_key.stride(0),
+        new_key_head=new_key.stride(1),
+        new_value_batch=new_value.stride(0),
+        new_value_head=new_value.stride(1),
+        turn_batch=cos.stride(0) if cos.shape[0] > 1 else 0,
+    )
+
+
+def cluster_of(rows: int, positions: int, slots: int) -> int:
+    """Return how many blocks share a key head's positions.
+
+    Args:
+        rows: key heads of all texts.
+        positions: of the cache.
+        slots: positions that a block looks at side by side.
+    """
+    for cluster in CLUSTERS:
+        most = BLOCKS if cluster > 8 else 2 * BLOCKS
+        if rows * cluster <= most and slots * cluster <= positions:
+            return cluster
+    return 1
+
+
+def _launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scale: float,
+    rotary: int = 0,
+    **step: int,
+) -> Tensor:
     batch, heads, _, size = query.shape
     shared, positions = key.shape[1], key.shape[2]
     ratio = heads // shared
-    width = 16 // query.element_size()
-    slots = THREADS // (size // width)
-    cluster = 8
-    while cluster > 1 and (batch * shared * cluster > 2 * BLOCKS or slots * cluster > positions):
-        cluster //= 2
+    slots = THREADS // (size * query.element_size() // 16)
+    cluster = cluster_of(batch * shared, positions, slots)
     macros = {
         "ELEMENT": ELEMENTS[query.dtype],
         "SIZE": size,
         "QUERIES": ratio,
         "CLUSTER": cluster,
-        "UNROLL": 4 if ratio <= 4 else 2,
+        "UNROLL": UNROLL,
+        "ROTARY": rotary,
     }
     device = query.device.index or 0
     run = kernel("attention.cu", "wina_attention", mapping(macros), device, THREADS)
@@ -104,6 +209,7 @@ def decode_attention(
         scale=scale,
         heads=shared,
         positions=positions,
+        **step,
     )
     run.launch(batch * shared * cluster, ratio * size * 4 * (THREADS // 32), arguments)
     return out

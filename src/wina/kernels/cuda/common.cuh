@@ -150,6 +150,36 @@ __device__ __forceinline__ element load_one(const element* address) {
   return value;
 }
 
+__device__ __forceinline__ u8 load_flag(const u8* address) {
+  u32 value;
+  asm volatile("ld.global.cg.u8 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return static_cast<u8>(value);
+}
+
+__device__ __forceinline__ long long load_count(const long long* address) {
+  long long value;
+  asm volatile("ld.global.cg.s64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+  return value;
+}
+
+// The same before wait_for_inputs: perhaps of a step before.
+__device__ __forceinline__ long long peek(const long long* address) {
+  long long value;
+  asm volatile("ld.global.cg.s64 %0, [%1];" : "=l"(value) : "l"(address));
+  return value;
+}
+
+// Towards the second-level cache, multiples of 16 bytes. It takes nothing from there, so it may stand
+// before wait_for_inputs.
+__device__ __forceinline__ void fetch(const void* address, u32 bytes) {
+#if LINES
+  for (u32 i = 0; i < bytes; i += 128)
+    asm volatile("prefetch.global.L2 [%0];" : : "l"(static_cast<const char*>(address) + i));
+  return;
+#endif
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" : : "l"(address), "r"(bytes) : "memory");
+}
+
 // Programmatic dependent launch: this kernel may start before the one before it has ended.
 __device__ __forceinline__ void wait_for_inputs() {
   asm volatile("griddepcontrol.wait;" ::: "memory");

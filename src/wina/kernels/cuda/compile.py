@@ -20,6 +20,7 @@ from wina.files import cached, replacing
 
 SOURCES = Path(__file__).parent
 SHARED = "common.cuh"
+PORTABLE = 8  # blocks of a cluster that every device takes
 
 
 class Kernel:
@@ -52,6 +53,9 @@ class Kernel:
             size.value.clusterDim.x = cluster
             size.value.clusterDim.y = size.value.clusterDim.z = 1
             attributes.append(size)
+        if cluster > PORTABLE:
+            more = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+            _check(driver.cuFuncSetAttribute(function, more, 1))
         config.attrs = attributes
         config.numAttrs = len(attributes)
 

@@ -13,6 +13,7 @@
 //   LANES threads read one row's tile, 16 bytes each; GROUPS rows are read side by side, and each
 //   thread has UNROLL under way (LOADS: how). PREFETCH bytes around a load go to the L2 cache.
 //   HELD chunks of channels are gated by a thread at once. BLOCKS should fit a multiprocessor.
+//   The live channels of the first AHEAD threads are asked for before they are listed.
 //   GATED: two projections, out = act(gate) * up. Otherwise up to three, one after the other.
 #include "common.cuh"
 
@@ -89,6 +90,17 @@ __device__ __forceinline__ void read_added(Added& added, const Arguments& a, int
   if (!GATED && a.residual && which == 0)
     added.residual =
         load_one(a.residual + static_cast<long long>(token) * a.projections[0].outputs + output);
+}
+
+// Asks for a tile's part of some rows of a chunk.
+__device__ __forceinline__ void fetch_rows(const Projection& p, int tile, int chunk, u32 live) {
+  const int column = tile * COLUMNS;
+  const int width = p.outputs - column < COLUMNS ? p.outputs - column : COLUMNS;
+#pragma unroll
+  for (int i = 0; i < WIDTH; ++i)
+    if (live >> i & 1)
+      fetch(p.weight + (static_cast<long long>(chunk) * WIDTH + i) * p.stride + column,
+            width * sizeof(element));
 }
 
 struct Gate {
@@ -257,6 +269,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     if (chunk < mine) read_gate(gate[held], a, which, least + EVERY * chunk);
   }
   const u64 policy = stream_policy();
+#if SPEC
+  if (thread < SPEC && thread < mine) {
+#pragma unroll
+    for (int list = 0; list < LISTS; ++list)
+      fetch_rows(a.projections[GATED ? list : which], tile, least + EVERY * thread, 0xff);
+  }
+#endif
   wait_for_inputs();
 
   Vector x[HELD][TOKENS];
@@ -328,6 +347,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         }
       }
     }
+#if AHEAD
+    // The first live rows come towards the second-level cache while they are being listed.
+    if (start == 0 && thread < AHEAD) {
+#pragma unroll
+      for (int list = 0; list < LISTS; ++list)
+        fetch_rows(a.projections[GATED ? list : which], tile, least + EVERY * thread, either[0][list]);
+    }
+#endif
     // Both lists' counts in one word: exclusive sums over the block.
 #pragma unroll
     for (int held = 0; held < HELD; ++held) {

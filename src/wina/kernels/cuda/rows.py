@@ -36,6 +36,7 @@ class Config:
         whole: 1 if each block of a cluster gates all channels and takes an equal share of the
             live ones; 0 if it gates its share of the channels, which leaves some with more rows
             to read. Needs one row of x, and threads enough (``gates_whole``).
+        ahead: threads whose live channels' rows are asked for before they are listed.
     """
 
     lanes: int
@@ -46,6 +47,7 @@ class Config:
     loads: int = 1
     prefetch: int = 0
     whole: int = 0
+    ahead: int = 0
 
     @property
     def threads(self) -> int:
@@ -146,6 +148,7 @@ def macros_of(
         "GATED": int(gated),
         "NORM": int(norm),
         "BLOCKS": config.blocks,
+        "AHEAD": config.ahead,
     }
 
 

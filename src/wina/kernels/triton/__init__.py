@@ -68,6 +68,8 @@ def gated_mlp(
     return linears(hidden, weights[2:], thresholds[2:], biases[2:], residual=residual)[0]
 
 
+attention_step = reference.attention_step
+most_likely = reference.most_likely
 decode_attention = reference.decode_attention  # torch's own matrix products serve here
 
 
