@@ -130,6 +130,34 @@ def list_bytes(inputs: int, cluster: int, gated: bool, segment: int) -> int:
     return (2 if gated else 1) * capacity * (4 * segment + 12)
 
 
+def macros_of(
+    config: Config,
+    dtype: torch.dtype,
+    weights: Sequence[QuantizedWeight],
+    *,
+    gated: bool,
+    norm: bool,
+) -> dict[str, int]:
+    """Return what quantized.cu is compiled with for x of a dtype."""
+    first = weights[0]
+    segment = segment_of(weights)
+    assert segment is not None
+    return {
+        "ELEMENT": ELEMENTS[dtype],
+        "SCALE": ELEMENTS[first.scales.dtype],
+        "BITS": first.bits,
+        "ZEROS": 0 if not first.zeros.numel() else 2 if first.zeros.is_floating_point() else 1,
+        "LANES": config.lanes,
+        "TEAMS": config.teams,
+        "UNROLL": config.unroll,
+        "CLUSTER": config.cluster,
+        "SEGMENT": segment,
+        "GATED": int(gated),
+        "NORM": int(norm),
+        "BLOCKS": config.blocks,
+    }
+
+
 def launch(
     x: Tensor,
     weights: Sequence[QuantizedWeight],
@@ -148,22 +176,8 @@ def launch(
     tokens = x.numel() // inputs
     segment = segment_of(weights)
     assert segment is not None
-    first = weights[0]
-    zeros = 0 if not first.zeros.numel() else 2 if first.zeros.is_floating_point() else 1
-    macros = {
-        "ELEMENT": ELEMENTS[x.dtype],
-        "SCALE": ELEMENTS[first.scales.dtype],
-        "BITS": first.bits,
-        "ZEROS": zeros,
-        "LANES": config.lanes,
-        "TEAMS": config.teams,
-        "UNROLL": config.unroll,
-        "CLUSTER": config.cluster,
-        "SEGMENT": segment,
-        "GATED": int(activation is not None),
-        "NORM": int(norm is not None),
-        "BLOCKS": config.blocks,
-    }
+    gated = activation is not None
+    macros = macros_of(config, x.dtype, weights, gated=gated, norm=norm is not None)
     run = kernel(
         "quantized.cu", "wina_quantized", mapping(macros), x.device.index or 0, config.threads
     )
@@ -185,7 +199,7 @@ def launch(
     for place, (weight, vector, bias) in enumerate(zip(weights, thresholds, biases, strict=True)):
         projection, out = arguments.projections[place], weight.shape[0]
         projection.codes, projection.scales = weight.codes.data_ptr(), weight.scales.data_ptr()
-        projection.zeros = weight.zeros.data_ptr() if zeros else None
+        projection.zeros = weight.zeros.data_ptr() if weight.zeros.numel() else None
         projection.thresholds = vector.data_ptr()
         projection.bias = None if bias is None else bias.data_ptr()
         projection.row, projection.outputs = weight.codes.shape[1], out
@@ -195,8 +209,8 @@ def launch(
             results.append(x.new_empty((*x.shape[:-1], out)))
             projection.out = results[-1].data_ptr()
             tiles += projection.tiles
-    lists = list_bytes(inputs, config.cluster, activation is not None, segment)
-    columns = config.lanes * 128 // first.bits
+    lists = list_bytes(inputs, config.cluster, gated, segment)
+    columns = config.lanes * 128 // weights[0].bits
     shared = max(lists, config.threads // 32 * columns * 4)
     run.launch(tiles * tokens * config.cluster, shared, arguments)
     return results
