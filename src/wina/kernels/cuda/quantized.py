@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ from wina.kernels.cuda.compile import kernel, mapping
 from wina.kernels.cuda.rows import ACTIVATIONS, ELEMENTS, MOST
 from wina.kernels.quantized import QuantizedWeight, dequantize
 
-SEGMENTS = (64, 32)  # channels whose values share a scale
+SEGMENTS = (128, 64, 32)  # channels whose values share a scale
 MOST_TOKENS = 8  # more go through the dequantized weight
-LANES = (8, 4)
+LANES = (32, 16, 8)
 SHARED = 160 << 10  # bytes of a block's shared memory that lists may take
 
 
@@ -25,9 +25,9 @@ class Config:
     """How the work is cut up.
 
     Attributes:
-        lanes: threads of a team: 16-byte pieces of a row's tile.
+        lanes: threads of a team: 16-byte pieces of a row's tile; 8, 16 or 32.
         teams: of a block; lanes times teams is a multiple of 32.
-        unroll: pairs of rows that a thread has under way.
+        unroll: rounds, of two rows for each team, that are under way.
         cluster: blocks that share a tile, each with its part of the channels.
         blocks: of a multiprocessor, for the compiler's choice of registers.
     """
@@ -71,7 +71,6 @@ class _Arguments(ctypes.Structure):
         ("count", ctypes.c_int),
         ("activation", ctypes.c_int),
         ("capacity", ctypes.c_int),
-        ("parts", ctypes.c_int),
     )
 
 
@@ -92,6 +91,7 @@ def fits(x: Tensor, weights: Sequence[QuantizedWeight]) -> bool:
         and weight.scales.dtype == first.scales.dtype
         and weight.zeros.dtype == first.zeros.dtype
         and bool(weight.zeros.numel()) == bool(first.zeros.numel())
+        and weight.group_size == first.group_size
         and weight.shape[0] % 4 == 0
         and weight.codes.numel() > 0
         for weight in weights
@@ -110,24 +110,28 @@ def config_for(inputs: int, pieces: Sequence[int], gated: bool, units: int) -> C
         gated: two projections are computed by one block.
         units: multiprocessors of the device.
     """
-    blocks = 1 if gated else 2
+    lanes, threads = 8, 256
 
     def tiles(lanes: int) -> int:
         return sum(-(-one // lanes) for one in pieces[: 1 if gated else None])
 
-    lanes = next((n for n in LANES if tiles(n) >= units), LANES[-1])
+    while lanes < LANES[0] and tiles(2 * lanes) * 8 >= 2 * units:
+        lanes *= 2
     cluster = 1
-    while cluster < 8 and tiles(lanes) * cluster * 2 <= units * blocks and inputs >= 256 * cluster:
+    while cluster < 8 and tiles(lanes) * cluster * 4 <= 6 * units and inputs >= 256 * cluster:
         cluster *= 2
-    while cluster < 8 and list_bytes(inputs, cluster, gated, SEGMENTS[0]) > SHARED // blocks:
-        cluster *= 2
-    return Config(lanes, 256 // lanes, 2, cluster, blocks)
+    found = Config(lanes, threads // lanes, 3, cluster, 2)
+    while found.cluster < 8 and shared_bytes(found, inputs, gated, SEGMENTS[0], 4) > SHARED // 2:
+        found = replace(found, cluster=2 * found.cluster)
+    return found
 
 
-def list_bytes(inputs: int, cluster: int, gated: bool, segment: int) -> int:
-    """Return the bytes of a block's lists of live channels."""
-    capacity = -(-(inputs // segment) // cluster)
-    return (2 if gated else 1) * capacity * (4 * segment + 12)
+def shared_bytes(config: Config, inputs: int, gated: bool, segment: int, bits: int) -> int:
+    """Return the dynamic shared memory of a block: lists of live channels, and the warps' sums."""
+    capacity = -(-(inputs // segment) // config.cluster)
+    count = 2 if gated else 1
+    sums = count * config.threads // 32 * config.lanes * (128 // bits) * 4
+    return -(-count * capacity * (4 * segment + 12) // 16) * 16 + sums
 
 
 def macros_of(
@@ -152,6 +156,7 @@ def macros_of(
         "UNROLL": config.unroll,
         "CLUSTER": config.cluster,
         "SEGMENT": segment,
+        "ONE": int(len(first.scales) == 1 and not first.zeros.numel()),
         "GATED": int(gated),
         "NORM": int(norm),
         "BLOCKS": config.blocks,
@@ -193,7 +198,6 @@ def launch(
         count=len(weights),
         activation=ACTIVATIONS[activation or "silu"],
         capacity=capacity,
-        parts=max(1, -(-config.teams // capacity)),
     )
     results, tiles = [], 0
     for place, (weight, vector, bias) in enumerate(zip(weights, thresholds, biases, strict=True)):
@@ -209,9 +213,7 @@ def launch(
             results.append(x.new_empty((*x.shape[:-1], out)))
             projection.out = results[-1].data_ptr()
             tiles += projection.tiles
-    lists = list_bytes(inputs, config.cluster, gated, segment)
-    columns = config.lanes * 128 // weights[0].bits
-    shared = max(lists, config.threads // 32 * columns * 4)
+    shared = shared_bytes(config, inputs, gated, segment, weights[0].bits)
     run.launch(tiles * tokens * config.cluster, shared, arguments)
     return results
 
