@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import contextlib
 import json
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +110,10 @@ class Trial:
 
     def dense(self) -> Replay:
         """Capture dense products alone, q, k, v side by side as one, gate and up as one."""
-        sizes = [w.shape[0] for w in self.weights[0]]
         joined = [
             QuantizedWeight(*(torch.cat(parts, -1) for parts in zip(*some, strict=True)))
             for some in self.weights
         ]
-        del sizes
         if self.bits == 4:
             made = [TinygemmLinear(w) for w in joined]
             return Replay(lambda i: made[i](self.x[i]), self.copies)
@@ -129,87 +128,79 @@ class Trial:
             return Replay(lambda i: call(self.x[i], plain[i], scales[i]), self.copies)
 
 
+# threads of a block, blocks of a multiprocessor, rounds under way
+STREAMS = ((256, 2, 4), (256, 2, 3), (256, 1, 4), (256, 3, 2), (384, 1, 4), (512, 1, 3), (128, 4, 4))
+
+
 def cuts(trial: Trial, units: int) -> list[Config]:
     """Return ways to cut a launch into blocks."""
     shape = trial.shape
     pieces = [w.codes.shape[1] // 16 for w in trial.weights[0]]
     found = [quantized.config_for(shape.inputs, pieces, shape.gated, units)]
-    for lanes, cluster, (threads, blocks) in itertools.product(
-        (4, 8, 16, 32), (1, 2, 4, 8), ((128, 4), (256, 2), (256, 3), (512, 1))
+    for lanes, cluster, (threads, blocks, unroll) in itertools.product(
+        quantized.LANES, (1, 2, 4, 8), STREAMS
     ):
         grid = cluster * sum(-(-n // lanes) for n in (pieces[:1] if shape.gated else pieces))
-        if 0.7 * units <= grid * threads / 512 <= 3.5 * units:
-            found.append(Config(lanes, threads // lanes, 2, cluster, blocks))
+        if 0.8 * units <= grid * threads / 256 <= 3.4 * units:
+            found.append(Config(lanes, threads // lanes, unroll, cluster, blocks))
     return [one for one in dict.fromkeys(found) if fits(trial, one)]
-
-
-def streams(best: list[Config]) -> list[Config]:
-    """Return other ways to keep rows under way, for each of some cuts."""
-    return [
-        replace(one, **change)
-        for one in best
-        for change in ({"unroll": 1}, {"unroll": 3}, {"unroll": 4}, {"blocks": one.blocks + 1})
-        if one.threads * change.get("blocks", 1) <= 1024
-    ]
 
 
 def fits(trial: Trial, config: Config) -> bool:
     segment = quantized.segment_of(trial.weights[0])
     assert segment is not None
-    lists = quantized.list_bytes(trial.shape.inputs, config.cluster, trial.shape.gated, segment)
-    return lists * config.blocks <= 200 << 10
+    needed = quantized.shared_bytes(
+        config, trial.shape.inputs, trial.shape.gated, segment, trial.bits
+    )
+    return needed * config.blocks <= 220 << 10
 
 
-def sweep(trial: Trial, options: argparse.Namespace, until: float) -> list[dict[str, Any]]:
-    """Return all configurations with their times, best first."""
-    units = torch.cuda.get_device_properties(DEVICE).multi_processor_count
-    rows: list[dict[str, Any]] = []
-    trial.drop(0.5)
-    wanted = trial.wanted()
+def build(trial: Trial, configs: list[Config]) -> list[Config]:
+    """Compile configurations side by side; return those that compile."""
+    shape, capability = trial.shape, torch.cuda.get_device_capability()
 
-    def macros(config: Config) -> Any:
-        weights, shape = trial.weights[0], trial.shape
-        return mapping(
-            quantized.macros_of(
-                config, torch.bfloat16, weights, gated=shape.gated, norm=shape.normed
-            )
+    def one(config: Config) -> Config | None:
+        macros = quantized.macros_of(
+            config, torch.bfloat16, trial.weights[0], gated=shape.gated, norm=shape.normed
         )
-
-    def build(config: Config) -> Config | None:
         try:
-            compiled("quantized.cu", macros(config), torch.cuda.get_device_capability())
+            compiled("quantized.cu", mapping(macros), capability)
             return config
         except Exception as error:
             print(f"  {config}: {str(error)[-200:]}", flush=True)
             return None
 
-    def judge(configs: list[Config]) -> None:
-        with ThreadPoolExecutor(COMPILERS) as pool:
-            built = [one for one in pool.map(build, configs) if one is not None]
-        for config in built:
-            if time.monotonic() > until:
-                return
-            try:
-                trial.drop(0.5)
-                wrong = trial.wrong(config, wanted)
-                if wrong is not None:
-                    print(f"  {config} {wrong}", flush=True)
-                    continue
-                replay, times = Replay(lambda i, c=config: trial.launch(c, i), trial.copies), {}
-                for sparsity in options.sparsities:
-                    trial.drop(sparsity)
-                    times[sparsity] = round(replay.time(options.replays).p50, 2)
-                rows.append({**asdict(config), "us": times})
-            except Exception as error:
-                print(f"  {config}: {str(error)[-200:]}", flush=True)
-        rows.sort(key=lambda row: row["us"][options.judged])
+    with ThreadPoolExecutor(COMPILERS) as pool:
+        return [one for one in pool.map(one, configs) if one is not None]
 
-    judge(cuts(trial, units)[: options.most])
-    if rows and options.most > 1:
-        names = list(asdict(Config(8, 8)))
-        best = [Config(**{name: row[name] for name in names}) for row in rows[:4]]
-        judge(streams(best))
-    return rows
+
+def sweep(
+    trial: Trial, configs: list[Config], options: argparse.Namespace, until: float
+) -> list[dict[str, Any]]:
+    """Return configurations with their times, best first."""
+    rows: list[dict[str, Any]] = []
+    trial.drop(0.5)
+    wanted = trial.wanted()
+    for config in configs:
+        if time.monotonic() > until:
+            break
+        try:
+            trial.drop(0.5)
+            wrong = trial.wrong(config, wanted)
+            if wrong is not None:
+                print(f"  {config} {wrong}", flush=True)
+                continue
+            replay, times = Replay(lambda i, c=config: trial.launch(c, i), trial.copies), {}
+            for sparsity in options.sparsities:
+                trial.drop(sparsity)
+                times[sparsity] = round(replay.time(options.replays).p50, 2)
+            rows.append({**asdict(config), "us": times})
+        except Exception as error:
+            print(f"  {config}: {str(error)[-200:]}", flush=True)
+    return sorted(rows, key=lambda row: row["us"][options.judged])
+
+
+alone = contextlib.nullcontext  # what other work on the device must wait for
 
 
 def profile(shapes: dict[str, Shape], forms: list[str], sparsity: float) -> None:
@@ -255,27 +246,33 @@ def main() -> None:
     print("format op what | us at " + " ".join(f"{x:.0%}" for x in options.sparsities), flush=True)
     begin, jobs = time.monotonic(), [(form, op) for form in forms for op in shapes]
     found: dict[str, Any] = {"device": name, "read_gbps": probe / 1e9, "launches": {}}
-    for place, (form, op) in enumerate(jobs):
-        left = begin + options.seconds - time.monotonic()
-        until = time.monotonic() + left / (len(jobs) - place)
-        trial = Trial(shapes[op], form, 1 - max(options.sparsities))
-        floors = [trial.bytes(x) / probe * 1e6 for x in options.sparsities]
-        print(form, op, "floor |", *(f"{x:.1f}" for x in floors), flush=True)
-        dense = None
-        try:
-            dense = round(trial.dense().time(options.replays).p50, 2)
-        except Exception as error:
-            print(f"  dense: {str(error)[-300:]}", flush=True)
-        print(form, op, f"dense | {dense}", flush=True)
-        rows = sweep(trial, options, until)
-        for row in rows[:4]:
-            told = " ".join(f"{k} {v}" for k, v in row.items() if k != "us")
-            print(form, op, told, "|", *row["us"].values(), flush=True)
-        found["launches"][f"{form} {op}"] = {"floor": floors, "dense": dense, "rows": rows}
-        if options.json:
-            options.json.write_text(json.dumps(found), encoding="utf-8")
-        del trial
-        torch.cuda.empty_cache()
+    units = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    trials = {job: Trial(shapes[job[1]], job[0], 1 - max(options.sparsities)) for job in jobs}
+    configs = {
+        job: build(trial, cuts(trial, units)[: options.most]) for job, trial in trials.items()
+    }
+    print(f"compiled after {time.monotonic() - begin:.0f} s", flush=True)
+    with alone():
+        for place, (job, trial) in enumerate(trials.items()):
+            form, op = job
+            left = begin + options.seconds - time.monotonic()
+            until = time.monotonic() + left / (len(jobs) - place)
+            floors = [trial.bytes(x) / probe * 1e6 for x in options.sparsities]
+            print(form, op, "floor |", *(f"{x:.1f}" for x in floors), flush=True)
+            dense = None
+            try:
+                dense = round(trial.dense().time(options.replays).p50, 2)
+            except Exception as error:
+                print(f"  dense: {str(error)[-300:]}", flush=True)
+            print(form, op, f"dense | {dense}", flush=True)
+            rows = sweep(trial, configs[job], options, until)
+            for row in rows[:5]:
+                told = " ".join(f"{k} {v}" for k, v in row.items() if k != "us")
+                print(form, op, told, "|", *row["us"].values(), flush=True)
+            print(f"  of {len(configs[job])} timed {len(rows)}", flush=True)
+            found["launches"][f"{form} {op}"] = {"floor": floors, "dense": dense, "rows": rows}
+            if options.json:
+                options.json.write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
