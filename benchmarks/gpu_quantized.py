@@ -1,10 +1,10 @@
 """Time the GPU kernel on quantized weights, launch by launch, over its configurations.
 
-A layer's four launches (gate and up with the norm before, down and o with the residual after, q, k, v
-with the norm), captured in CUDA graphs over as many sets of weights as exceed the second-level cache
-four times. Beside each stand torch's dense product of 4-bit weights (tinygemm), or for 8 bits the
-product that inductor makes of torchao's weight, on the same shapes, and the floor: the bytes of live
-codes and of all scales at the speed of a plain read.
+A layer's four launches (gate and up with the norm before, down and o with the residual after, q, k
+and v with the norm), captured in CUDA graphs over as many sets of weights as exceed the second-level
+cache four times. Beside each stand torch's dense product of 4-bit weights (tinygemm), or for 8 bits
+the product that inductor makes of torchao's weight, on the same shapes, and the floor: the bytes of
+live codes and of all scales at the speed of a plain read.
 
     python benchmarks/gpu_quantized.py --formats int4-g128,int8 --json sweep.json
 """
@@ -12,8 +12,8 @@ codes and of all scales at the speed of a plain read.
 from __future__ import annotations
 
 import argparse
-import itertools
 import contextlib
+import itertools
 import json
 import math
 import time
@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_gemv import MODELS, read_bandwidth
 from torch import Tensor
 from torch._inductor import config as inductor
 from torch.nn import functional
 
+from gpu_gemv import MODELS, read_bandwidth
 from wina.bench.tinygemm import TinygemmLinear
 from wina.kernels import QuantizedWeight, reference
 from wina.kernels.cuda import quantized
@@ -129,7 +129,15 @@ class Trial:
 
 
 # threads of a block, blocks of a multiprocessor, rounds under way
-STREAMS = ((256, 2, 4), (256, 2, 3), (256, 1, 4), (256, 3, 2), (384, 1, 4), (512, 1, 3), (128, 4, 4))
+STREAMS = (
+    (256, 2, 4),
+    (256, 2, 3),
+    (256, 1, 4),
+    (256, 3, 2),
+    (384, 1, 4),
+    (512, 1, 3),
+    (128, 4, 4),
+)
 
 
 def cuts(trial: Trial, units: int) -> list[Config]:
@@ -234,7 +242,9 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     options.sparsities = [float(x) for x in options.sparsities.split(",")]
-    every = dict(zip(("gate-up", "down", "qkv", "o"), step_shapes(*MODELS[options.model]), strict=True))
+    every = dict(
+        zip(("gate-up", "down", "qkv", "o"), step_shapes(*MODELS[options.model]), strict=True)
+    )
     shapes = {name: every[name] for name in options.ops.split(",")}
     forms = options.formats.split(",")
     if options.profile:

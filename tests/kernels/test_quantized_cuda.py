@@ -178,6 +178,16 @@ def test_a_rule_gives_every_shape_a_configuration(gated: bool) -> None:
         assert config.lanes in module.LANES
 
 
+def test_what_is_shipped_fits_a_multiprocessor() -> None:
+    for entries in module.shipped().values():
+        for key, config in entries.items():
+            inputs, gated = int(key.split("->")[0].split()[-1]), key.startswith("gated")
+            needed = module.shared_bytes(config, inputs, gated, 128, int(key[-1]))
+            assert needed * config.blocks <= 220 << 10, key
+            assert config.threads % 32 == 0
+            assert config.threads * config.blocks <= 1024
+
+
 @pytest.mark.parametrize("gated", [0, 1])
 @pytest.mark.parametrize(("bits", "zeros"), [(4, 0), (4, 1), (4, 2), (8, 0), (8, 1)])
 def test_it_compiles_without_a_device(
@@ -186,7 +196,14 @@ def test_it_compiles_without_a_device(
     pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings")
     monkeypatch.setenv("WINA_CACHE", str(tmp_path))
     macros = {"ELEMENT": 2, "SCALE": 2, "BITS": bits, "ZEROS": zeros, "LANES": 8, "TEAMS": 32}
-    macros |= {"UNROLL": 2, "CLUSTER": 2, "SEGMENT": 128, "ONE": int(bits == 8 and not zeros), "GATED": gated, "NORM": 1}
+    macros |= {
+        "UNROLL": 2,
+        "CLUSTER": 2,
+        "SEGMENT": 128,
+        "ONE": int(bits == 8 and not zeros),
+        "GATED": gated,
+        "NORM": 1,
+    }
     macros["BLOCKS"] = 1 if gated else 2
     try:
         compiled("quantized.cu", mapping(macros), (9, 0))

@@ -46,7 +46,7 @@ class TinygemmLinear(nn.Module):
             shift = 8 * scales + zeros if weight.zeros.is_floating_point() else -zeros * scales
         self.register_buffer("packed", made)
         self.register_buffer("scales", torch.stack((scales, shift), -1).bfloat16().contiguous())
-        self.register_buffer("bias", bias)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W x + b, shape (..., out_features), for x of (..., in_features) in bfloat16."""

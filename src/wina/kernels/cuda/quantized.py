@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,11 +15,13 @@ from torch import Tensor
 from wina.kernels import reference
 from wina.kernels.cuda.compile import kernel, mapping
 from wina.kernels.cuda.rows import ACTIVATIONS, ELEMENTS, MOST
+from wina.kernels.cuda.table import device_kind
 from wina.kernels.quantized import QuantizedWeight, dequantize
 
 SEGMENTS = (128, 64, 32)  # channels whose values share a scale
 MOST_TOKENS = 8  # more go through the dequantized weight
 LANES = (32, 16, 8)
+SHIPPED = Path(__file__).with_name("quantized.json")
 SHARED = 160 << 10  # bytes of a block's shared memory that lists may take
 
 
@@ -101,8 +106,23 @@ def fits(x: Tensor, weights: Sequence[QuantizedWeight]) -> bool:
     return same and few and fine and segment_of(weights) is not None
 
 
+@cache
+def shipped() -> dict[str, dict[str, Config]]:
+    """Return measured configurations: device kind -> ``key_of`` a launch -> configuration."""
+    content = json.loads(SHIPPED.read_text(encoding="utf-8"))
+    return {
+        kind: {key: Config(**fields) for key, fields in entries.items()}
+        for kind, entries in content.items()
+    }
+
+
+def key_of(inputs: int, outputs: Sequence[int], gated: bool, bits: int) -> str:
+    """Return a launch's name in the table; outputs: of the gate alone where ``gated``."""
+    return f"{'gated ' if gated else ''}{inputs}->{'+'.join(map(str, outputs))} int{bits}"
+
+
 def config_for(inputs: int, pieces: Sequence[int], gated: bool, units: int) -> Config:
-    """Return how to cut up W drop(x); a rule, not measured yet.
+    """Return how to cut up W drop(x) where nothing was measured: a rule.
 
     Args:
         inputs: channels.
@@ -272,6 +292,11 @@ def gated_mlp(
 
 
 def _config(x: Tensor, weights: Sequence[QuantizedWeight], *, gated: bool) -> Config:
+    outputs = [weight.shape[0] for weight in (weights[:1] if gated else weights)]
+    key = key_of(x.shape[-1], outputs, gated, weights[0].bits)
+    found = shipped().get(device_kind(x.device.index or 0), {}).get(key)
+    if found is not None:
+        return found
     units = torch.cuda.get_device_properties(x.device).multi_processor_count
     pieces = [weight.codes.shape[1] // 16 for weight in weights]
     return config_for(x.shape[-1], pieces, gated, units)
