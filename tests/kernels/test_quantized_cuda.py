@@ -40,19 +40,14 @@ static unsigned __byte_perm(unsigned a, unsigned b, unsigned order) {
 static int __float2int_rn(float x) { return int(std::nearbyint(x)); }
 #define fminf(a, b) std::fmin(a, b)
 #define fmaxf(a, b) std::fmax(a, b)
-#define cluster_sync sync_cluster
-#define read_from read_of
-static void sync_cluster() {
-  emulation::meet(emulation::whole, emulation::threads * emulation::cluster);
+static void fetch_line(const void* address) { emulation::check(address, 1); }
+template <class T>
+static T __shfl_sync(unsigned, T value, int from) { return emulation::exchange(value, from); }
+static unsigned __ballot_sync(unsigned, bool value) {
+  return __reduce_add_sync(0, value ? 1u << threadIdx.x % 32 : 0);
 }
-static float read_of(const float* mine, int rank) {
-  using namespace emulation;
-  if (rank == now->block) return *mine;
-  float found;
-  const char* place = reinterpret_cast<const char*>(mine);
-  std::memcpy(&found, statics[rank].data() + (place - __start_cuda_shared), 4);
-  return found;
-}
+static int __ffs(unsigned x) { return __builtin_ffs(x); }
+static int max(int a, int b) { return a > b ? a : b; }
 static int min(int a, int b) { return a < b ? a : b; }
 """
 
@@ -67,9 +62,9 @@ def wanted(x: Tensor, weight: QuantizedWeight, thresholds: Tensor) -> Tensor:
 
 
 CONFIGS = {
-    "plain": Config(lanes=4, teams=8, unroll=2, cluster=1),
-    "wide": Config(lanes=8, teams=8, unroll=1, cluster=2),
-    "cluster": Config(lanes=4, teams=16, unroll=3, cluster=4),
+    "plain": Config(lanes=8, teams=8, unroll=2, cluster=1),
+    "wide": Config(lanes=32, teams=2, unroll=1, cluster=2),
+    "cluster": Config(lanes=16, teams=8, unroll=3, cluster=4),
 }
 
 
@@ -180,7 +175,17 @@ def test_a_rule_gives_every_shape_a_configuration(gated: bool) -> None:
         config = config_for(inputs, pieces, gated, 132)
         assert config.threads % 32 == 0
         assert 1 <= config.cluster <= 8
-        assert config.lanes in (4, 8)
+        assert config.lanes in module.LANES
+
+
+def test_what_is_shipped_fits_a_multiprocessor() -> None:
+    for entries in module.shipped().values():
+        for key, config in entries.items():
+            inputs, gated = int(key.split("->")[0].split()[-1]), key.startswith("gated")
+            needed = module.shared_bytes(config, inputs, gated, 128, int(key[-1]))
+            assert needed * config.blocks <= 220 << 10, key
+            assert config.threads % 32 == 0
+            assert config.threads * config.blocks <= 1024
 
 
 @pytest.mark.parametrize("gated", [0, 1])
@@ -190,8 +195,15 @@ def test_it_compiles_without_a_device(
 ) -> None:
     pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings")
     monkeypatch.setenv("WINA_CACHE", str(tmp_path))
-    macros = {"ELEMENT": 2, "SCALE": 1, "BITS": bits, "ZEROS": zeros, "LANES": 8, "TEAMS": 32}
-    macros |= {"UNROLL": 2, "CLUSTER": 2, "SEGMENT": 64, "GATED": gated, "NORM": 1}
+    macros = {"ELEMENT": 2, "SCALE": 2, "BITS": bits, "ZEROS": zeros, "LANES": 8, "TEAMS": 32}
+    macros |= {
+        "UNROLL": 2,
+        "CLUSTER": 2,
+        "SEGMENT": 128,
+        "ONE": int(bits == 8 and not zeros),
+        "GATED": gated,
+        "NORM": 1,
+    }
     macros["BLOCKS"] = 1 if gated else 2
     try:
         compiled("quantized.cu", mapping(macros), (9, 0))

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from transformers import PreTrainedModel
 
 from wina.allocation.build import versions
-from wina.bench import llama_cpp
+from wina.bench import llama_cpp, tinygemm
 from wina.bench.contenders import (
     Contender,
     decoder_at,
@@ -41,6 +42,7 @@ BASELINES = (
     "hf-compiled",
     "own-compiled",
     "prepacked",
+    "tinygemm",
     "llama.cpp-f16",
     "llama.cpp-bf16",
     "llama.cpp-q8_0",
@@ -231,6 +233,8 @@ def _cannot(
         return "of float weights only"
     if model.device.type != "cpu" and baseline in ON_CPU_ONLY:
         return "on the CPU only"
+    if baseline == "tinygemm":
+        return "of quantized weights only" if bits is None else tinygemm.unavailable(model)
     if baseline.startswith("llama.cpp"):
         if settings.batch > 1:
             return "at batch 1 only"
@@ -261,8 +265,14 @@ def _baseline(
         room = settings.context + settings.tokens + 8
         decoding = llama_cpp.decoding(model, prompt, room, form, torch.get_num_threads())
         return stack.enter_context(decoding)[0]
+    if baseline == "tinygemm":
+        model = _twin(model)
+        tinygemm.use_tinygemm(model)
     make = prepacked if baseline == "prepacked" else decoder_at
-    decoder, seconds = make(model, prompt, settings.context, settings.tokens, "compiled")
+    # Without it inductor writes a dequantized weight to memory before the product of one row.
+    fused = baseline == "own-compiled" and bool(read_by_others(model))
+    with inductor.patch(coordinate_descent_tuning=fused):
+        decoder, seconds = make(model, prompt, settings.context, settings.tokens, "compiled")
     if baseline == "own-compiled":
         prefill["dense"] = seconds
     return own_loop(decoder, settings.context)

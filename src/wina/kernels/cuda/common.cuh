@@ -121,6 +121,11 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" : : "n"(LEFT) : "memory");
 }
 
+// Into the second-level cache, for later.
+__device__ __forceinline__ void fetch_line(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" : : "l"(address));
+}
+
 // What no kernel writes. Volatile: such loads stay before wait_for_inputs where they stand before it.
 __device__ __forceinline__ Vector load_constant(const void* address) {
   Vector v;

@@ -3,14 +3,17 @@
 //
 // A cluster of CLUSTER blocks computes one tile of outputs for one token, a row's LANES pieces of 16
 // bytes. Each block takes a stretch of the channels, cut into segments of SEGMENT channels of one
-// group. A segment's live channels are listed in shared memory as 16-bit integers of one scale.
-// LANES threads, a team, sum codes times integers over a part of a segment's list, two rows to an
-// instruction, then scale the sums and add them to float32 totals. Totals meet in shared memory of
-// the block, then of the cluster, in a fixed order: no workspace, no atomic, one result.
+// group. A segment's live channels are listed in shared memory as 16-bit integers of one scale, filled
+// up to whole rounds. In a round a warp reads ROWS rows, two to a team of LANES threads, and sums codes
+// times integers. The rounds of all segments, and of both lists where GATED, are shared out equally
+// to the warps, whichever segment they are of; UNROLL rounds are under way. At the end of a segment
+// the teams of a warp exchange their sums, so that each thread scales a few outputs and adds them to
+// float32 totals. Totals meet in shared memory of the block, then of the cluster, in a fixed order:
+// no workspace, no atomic, one result.
 //
 // Compile-time: ELEMENT (of x), SCALE (of scales, as ELEMENT), BITS, ZEROS (0 none, 1 points, 2
-// minima), LANES (4 or 8), TEAMS, UNROLL (pairs of rows under way), CLUSTER, SEGMENT (32 or 64), GATED, NORM,
-// BLOCKS.
+// minima), LANES (8, 16 or 32), TEAMS, UNROLL, CLUSTER, SEGMENT (32, 64 or 128), ONE (a group is the whole
+// input and without zeros: its scales wait until the end), GATED, NORM, BLOCKS.
 #include "common.cuh"
 
 constexpr int PIECE = 128 / BITS;  // outputs of 16 bytes
@@ -19,6 +22,9 @@ constexpr int THREADS = LANES * TEAMS;
 constexpr int WARPS = THREADS / 32;
 constexpr int LISTS = GATED ? 2 : 1;
 constexpr int CHUNKS = SEGMENT / WIDTH;  // threads that list a segment
+constexpr int ROWS = 64 / LANES;         // of a round
+constexpr int QUADS = PIECE / 4 * LANES / 32;  // of four outputs, that a thread scales
+constexpr int SHARE = (COLUMNS + CLUSTER - 1) / CLUSTER;  // columns that a block finishes
 
 #if SCALE == 0
 typedef float scale_type;
@@ -44,7 +50,6 @@ struct Arguments {
   const element* residual;  // (tokens, outputs), added to the first projection's output, or null
   float epsilon;
   int inputs, tokens, count, activation, capacity;  // capacity: segments of a block
-  int parts;                                        // of a segment's list, one for each team
 };
 
 __device__ __forceinline__ float activate(float x, int kind) {
@@ -67,17 +72,19 @@ __device__ __forceinline__ float scale_of(scale_type bits) {
 #endif
 }
 
-// Four scales (or minima) that lie together.
-__device__ __forceinline__ void four_scales(const scale_type* from, float (&to)[4]) {
+// Four scales (or minima) that lie together, as they are.
 #if SCALE == 0
-  const float4 found = __ldg(reinterpret_cast<const float4*>(from));
-  to[0] = found.x, to[1] = found.y, to[2] = found.z, to[3] = found.w;
-#else
-  const uint2 found = __ldg(reinterpret_cast<const uint2*>(from));
-  to[0] = scale_of(static_cast<u16>(found.x & 0xffffu)), to[1] = scale_of(found.x >> 16);
-  to[2] = scale_of(static_cast<u16>(found.y & 0xffffu)), to[3] = scale_of(found.y >> 16);
-#endif
+typedef float4 Quad;
+__device__ __forceinline__ void scales_of(const Quad& quad, float (&to)[4]) {
+  to[0] = quad.x, to[1] = quad.y, to[2] = quad.z, to[3] = quad.w;
 }
+#else
+typedef uint2 Quad;
+__device__ __forceinline__ void scales_of(const Quad& quad, float (&to)[4]) {
+  to[0] = scale_of(static_cast<u16>(quad.x & 0xffffu)), to[1] = scale_of(quad.x >> 16);
+  to[2] = scale_of(static_cast<u16>(quad.y & 0xffffu)), to[3] = scale_of(quad.y >> 16);
+}
+#endif
 
 // Bytes of two rows times their values, to the sums of four outputs.
 __device__ __forceinline__ void add_bytes(u32 a, u32 b, u32 values, int* sums) {
@@ -109,17 +116,135 @@ __device__ __forceinline__ constexpr int place_of(int i, int h, int k) {
   return BITS == 4 ? 8 * m + 4 * (i % 2) + pair + i / 2 : 4 * m + pair + i;
 }
 
+// Sums of the teams of a warp, exchanged: a thread keeps those of QUADS times four of its piece's
+// outputs, added over all teams. Teams 1 and 3 keep h = 1, teams 2 and 3 the odd i.
+__device__ __forceinline__ void exchange(const int (&sums)[PIECE], int team, int (&to)[QUADS][4]) {
+  constexpr int EACH = 16 / BITS;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    int half[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      const int low = sums[place_of(i, 0, k)], high = sums[place_of(i, 1, k)];
+      if constexpr (LANES == 32) {
+        to[2 * i][k] = low, to[2 * i + 1][k] = high;
+      } else {
+        const int mine = team & 1 ? high : low, theirs = team & 1 ? low : high;
+        half[i] = mine + __shfl_xor_sync(0xffffffffu, theirs, LANES);
+        if constexpr (LANES == 16) to[i][k] = half[i];
+      }
+    }
+    if constexpr (LANES == 8) {
+#pragma unroll
+      for (int i = 0; i < EACH; i += 2) {
+        const int mine = team & 2 ? half[i + 1] : half[i], theirs = team & 2 ? half[i] : half[i + 1];
+        to[i / 2][k] = mine + __shfl_xor_sync(0xffffffffu, theirs, 2 * LANES);
+      }
+    }
+  }
+}
+
+// Where a thread's quad is, in outputs from the first of its piece.
+__device__ __forceinline__ int offset_of(int quad, int team) {
+  const int i = LANES == 32 ? quad / 2 : LANES == 16 ? quad : 2 * quad + (team >> 1);
+  const int h = LANES == 32 ? quad % 2 : team & 1;
+  return 16 * (2 * i + h);
+}
+
+// Rounds of a list, one after the other.
+struct Cursor {
+  int segment, left;   // left: rounds of the segment from here
+  const uint2* pairs;  // of this thread's team
+
+  __device__ __forceinline__ void step(const int* rounds, const u32* entries) {
+    pairs += ROWS / 2;
+    if (--left) return;
+    do ++segment; while (!rounds[segment]);
+    left = rounds[segment];
+    pairs = reinterpret_cast<const uint2*>(entries + segment * SEGMENT);
+  }
+};
+
+// Finds a round that exists.
+__device__ __forceinline__ Cursor cursor_at(int target, const int* rounds, int segments,
+                                            const u32* entries) {
+  const int lane = threadIdx.x % 32;
+  int before = 0, first = 0;
+  for (;; first += 32) {
+    const int own = first + lane < segments ? rounds[first + lane] : 0;
+    int sum = own;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_up_sync(0xffffffffu, sum, step);
+      if (lane >= step) sum += other;
+    }
+    const u32 past = __ballot_sync(0xffffffffu, before + sum > target);
+    const int at = past ? __ffs(past) - 1 : 31;
+    const int end = before + __shfl_sync(0xffffffffu, sum, at);
+    if (past || first + 32 >= segments) {
+      const int all = __shfl_sync(0xffffffffu, own, at), left = end - target;
+      const u32* from = entries + (first + at) * SEGMENT + (all - left) * ROWS;
+      return Cursor{first + at, left, reinterpret_cast<const uint2*>(from)};
+    }
+    before = end;
+  }
+}
+
+// Of one chunk of channels.
+struct Gate {
+  float thresholds[LISTS][WIDTH];
+  float norm[WIDTH];
+};
+
+__device__ __forceinline__ void read_gate(Gate& gate, const Arguments& a, int which, int channel) {
+#pragma unroll
+  for (int list = 0; list < LISTS; ++list) {
+    const float* from = a.projections[GATED ? list : which].thresholds + channel;
+#pragma unroll
+    for (int i = 0; i < WIDTH; i += 4) {
+      const Vector four = load_constant(from + i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) gate.thresholds[list][i + j] = __uint_as_float(four.words[j]);
+    }
+  }
+#if NORM
+  unpack(load_constant(a.norm + channel), gate.norm);
+#endif
+}
+
+// What is added to an output, read long before its sum is known.
+struct Added {
+  element bias[LISTS], residual;
+  scale_type scale[LISTS];
+};
+
+__device__ __forceinline__ void read_added(Added& added, const Arguments& a, int which, int token,
+                                           int output) {
+#pragma unroll
+  for (int list = 0; list < LISTS; ++list) {
+    const Projection& p = a.projections[GATED ? list : which];
+    added.bias[list] = p.bias ? load_one(p.bias + output) : element(0);
+    if (ONE) added.scale[list] = __ldg(p.scales + output);
+  }
+  added.residual = element(0);
+  if (!GATED && a.residual && which == 0)
+    added.residual =
+        load_one(a.residual + static_cast<long long>(token) * a.projections[0].outputs + output);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     wina_quantized(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(16) char memory[];
   __shared__ float scratch[WARPS];
-  __shared__ float parts[LISTS][COLUMNS];
-  // Of each list: entries (channel of the block, integer), then each segment's scale, sum and count.
+  __shared__ float parts[CLUSTER][LISTS][SHARE];  // the blocks' sums of this one's share
+  // Of each list: entries (channel of the block, integer), then each segment's scale, sum and rounds.
   u32* entries = reinterpret_cast<u32*>(memory);
   float* segment_scale = reinterpret_cast<float*>(entries + LISTS * a.capacity * SEGMENT);
   int* segment_sum = reinterpret_cast<int*>(segment_scale + LISTS * a.capacity);
-  int* segment_count = segment_sum + LISTS * a.capacity;
-  float* meet = reinterpret_cast<float*>(memory);  // [WARPS][COLUMNS], when the lists are done
+  int* segment_rounds = segment_sum + LISTS * a.capacity;
+  // [LISTS][WARPS][COLUMNS]
+  const int lists = LISTS * a.capacity * (4 * SEGMENT + 12);
+  float* meet = reinterpret_cast<float*>(memory + (lists + 15) / 16 * 16);
 
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int rank = CLUSTER == 1 ? 0 : cluster_rank();
@@ -134,11 +259,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const int all = a.inputs / SEGMENT;
   const int begin = min(all, rank * a.capacity), mine = min(all - begin, a.capacity);
   const element* x = a.x + static_cast<long long>(token) * a.inputs;
+  const int outputs = a.projections[GATED ? 0 : which].outputs;
 
   let_next_start();
+  if (CLUSTER > 1) cluster_arrive();
+  Gate gate;
+  if (thread < mine * CHUNKS) read_gate(gate, a, which, begin * SEGMENT + thread * WIDTH);
+#if !ONE
+  {  // Scales are read whatever lives, almost: into the second-level cache, while x is not there yet.
+    constexpr int LINES = (COLUMNS * sizeof(scale_type) + 127) / 128;
+    constexpr int MORE = ZEROS == 2 ? LINES : ZEROS == 1 ? (COLUMNS + 127) / 128 : 0;
+    const int per = a.projections[0].group / SEGMENT, groups = mine ? (begin + mine - 1) / per - begin / per + 1 : 0;
+    for (int i = thread; i < LISTS * groups * (LINES + MORE); i += THREADS) {
+      const Projection& p = a.projections[GATED ? i % LISTS : which];
+      const int line = i / LISTS % (LINES + MORE), group = begin / per + i / LISTS / (LINES + MORE);
+      const u64 first = static_cast<u64>(group) * outputs + tile * COLUMNS;
+      const int column = line < LINES ? line * 128 / sizeof(scale_type)
+                                      : (line - LINES) * (ZEROS == 1 ? 128 : 128 / sizeof(scale_type));
+      if (tile * COLUMNS + column >= outputs) continue;
+      if (line < LINES) fetch_line(p.scales + first + column);
+      else if (ZEROS == 1) fetch_line(static_cast<const u8*>(p.zeros) + first + column);
+      else fetch_line(static_cast<const scale_type*>(p.zeros) + first + column);
+    }
+  }
+#endif
   const u64 policy = stream_policy();
   wait_for_inputs();
 
+  Vector found_x;
+  if (thread < mine * CHUNKS) found_x = load_fresh(x + begin * SEGMENT + thread * WIDTH);
+  Added added;
+  {
+    const int c = rank * SHARE + thread, to = tile * COLUMNS + c;
+    if (thread < SHARE && c < COLUMNS && to < outputs) read_added(added, a, which, token, to);
+  }
   float norm_scale = 1.0f;
 #if NORM
   norm_scale = 0.0f;
@@ -160,21 +314,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   norm_scale = rsqrtf(norm_scale / a.inputs + a.epsilon);
 #endif
 
-  // CHUNKS neighbouring threads list a segment; whole warps take part in each round.
-  const int rounds = (mine * CHUNKS + THREADS - 1) / THREADS;
-  for (int round = 0; round < rounds; ++round) {
-    const int chunk = round * THREADS + thread, segment = chunk / CHUNKS;
+  // CHUNKS neighbouring threads list a segment; whole warps take part in each turn.
+  for (int chunk = thread; chunk - lane < mine * CHUNKS; chunk += THREADS) {
+    const int segment = chunk / CHUNKS, local = chunk * WIDTH, channel = begin * SEGMENT + local;
     const bool inside = segment < mine;
-    const int local = chunk * WIDTH, channel = begin * SEGMENT + local;
     float now[WIDTH];
     if (inside) {
-      unpack(load_fresh(x + channel), now);
+      if (chunk != thread) {
+        read_gate(gate, a, which, channel);
+        found_x = load_fresh(x + channel);
+      }
+      unpack(found_x, now);
 #if NORM
-      float weight[WIDTH];
-      unpack(load_fresh(a.norm + channel), weight);
 #pragma unroll
       for (int i = 0; i < WIDTH; ++i)
-        now[i] = rounded(weight[i] * rounded(now[i] * norm_scale));
+        now[i] = rounded(gate.norm[i] * rounded(now[i] * norm_scale));
 #endif
     } else {
 #pragma unroll
@@ -182,7 +336,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
 #pragma unroll
     for (int list = 0; list < LISTS; ++list) {
-      const float* thresholds = a.projections[GATED ? list : which].thresholds + channel;
       u32 live = 0;
       float most = 0.0f;
       if (inside) {
@@ -190,7 +343,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         for (int i = 0; i < WIDTH; ++i) {
           const float size = fabsf(now[i]);
           // Written so that NaN is kept; a zero adds nothing.
-          const bool keep = !(size < __ldg(thresholds + i)) && size != 0.0f;
+          const bool keep = !(size < gate.thresholds[list][i]) && size != 0.0f;
           live |= u32(keep) << i;
           if (keep) most = size > most || size != size ? size : most;
         }
@@ -212,166 +365,214 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         const int other = __shfl_up_sync(0xffffffffu, before, step);
         if (lane % CHUNKS >= step) before += other;
       }
-      int place = segment * SEGMENT + before - own;
+      u32* listed = entries + (list * a.capacity + segment) * SEGMENT;
+      int place = before - own;
 #pragma unroll
       for (int i = 0; i < WIDTH; ++i) {
         if (!(live >> i & 1)) continue;
         const float scaled = finite ? fminf(fmaxf(now[i] * inverse, -32767.0f), 32767.0f) : 0.0f;
         const int whole = __float2int_rn(scaled);
         sum += whole;
-        entries[list * a.capacity * SEGMENT + place++] =
-            static_cast<u32>(local + i) | static_cast<u32>(whole) << 16;
+        listed[place++] = static_cast<u32>(local + i) | static_cast<u32>(whole) << 16;
       }
 #pragma unroll
       for (int step = CHUNKS / 2; step; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
       if (inside && lane % CHUNKS == CHUNKS - 1) {
+        const int rounds = (before + ROWS - 1) / ROWS;
+        for (; place < rounds * ROWS; ++place) listed[place] = 0;
         segment_scale[list * a.capacity + segment] = scale;
         segment_sum[list * a.capacity + segment] = sum;
-        segment_count[list * a.capacity + segment] = before;
+        segment_rounds[list * a.capacity + segment] = rounds;
       }
     }
   }
   __syncthreads();
+  if (CLUSTER > 1) cluster_wait();  // the others have started, long ago
 
-  const int team = thread / LANES, piece = tile * LANES + thread % LANES;
-  // The first output of the piece: its block's, and 4 for each piece in the block.
-  const int output = piece / 4 * (4 * PIECE) + piece % 4 * 4;
-  float totals[LISTS][PIECE];
+  // This warp's rounds: of each list, from first to last.
+  const int team = lane / LANES, piece = tile * LANES + lane % LANES;
+  // The first output of the piece, in the tile: its block's, and 4 for each piece in the block.
+  const int column = lane % LANES / 4 * (4 * PIECE) + lane % 4 * 4;
+  int ends[LISTS];
 #pragma unroll
   for (int list = 0; list < LISTS; ++list) {
-#pragma unroll
-    for (int i = 0; i < PIECE; ++i) totals[list][i] = 0.0f;
+    u32 rounds = 0;
+    for (int i = lane; i < mine; i += 32) rounds += segment_rounds[list * a.capacity + i];
+    ends[list] = __reduce_add_sync(0xffffffffu, rounds) + (list ? ends[0] : 0);
+  }
+  const int first = ends[LISTS - 1] * warp / WARPS, last = ends[LISTS - 1] * (warp + 1) / WARPS;
+#pragma unroll 1
+  for (int list = 0; list < LISTS; ++list) {
     const Projection& p = a.projections[GATED ? list : which];
-    if (piece * 16 >= p.row) continue;
-    const u8* codes = p.codes + static_cast<u64>(begin) * SEGMENT * p.row + piece * 16;
-    for (int unit = team; unit < mine * a.parts; unit += TEAMS) {
-      const int segment = unit / a.parts, part = unit % a.parts;
-      const int count = segment_count[list * a.capacity + segment];
-      const int pairs = (count + 1) / 2;
-      const int first = 2 * (pairs * part / a.parts);
-      const int last = min(count, 2 * (pairs * (part + 1) / a.parts));
-      if (first >= last) continue;
-      const u32* entry = entries + (list * a.capacity + segment) * SEGMENT;
-      int sums[PIECE], sum = 0;
+    const int start = list ? ends[0] : 0, end = list ? ends[LISTS - 1] : ends[0];
+    const int from = max(first, start) - start, to = min(last, end) - start;
+    float totals[QUADS][4];
+#pragma unroll
+    for (int q = 0; q < QUADS; ++q)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) totals[q][k] = 0.0f;
+    if (from < to) {
+      const u32* listed = entries + list * a.capacity * SEGMENT + 2 * team;
+      const int* rounds = segment_rounds + list * a.capacity;
+      const bool inside = piece * 16 < p.row;
+      const u8* codes = p.codes + static_cast<u64>(begin) * SEGMENT * p.row + piece * 16;
+      const u32 row = p.row;
+      Cursor now = cursor_at(from, rounds, mine, listed), ahead = now;
+      int sums[PIECE];
 #pragma unroll
       for (int i = 0; i < PIECE; ++i) sums[i] = 0;
-      for (int i = first; i < last; i += 2 * UNROLL) {
-        Vector one[UNROLL], other[UNROLL];
-        u32 values[UNROLL];
+      Vector one[UNROLL], other[UNROLL];
+      u32 values[UNROLL];
+      const auto start_round = [&](int u) {
+        const uint2 pair = *ahead.pairs;
+        // A value of 0 (also of what fills a round up) needs no row: codes are finite, whatever they are.
+        if (inside && pair.x >> 16)
+          one[u] = load_stream(codes + static_cast<u64>(pair.x & 0xffffu) * row, policy);
+        if (inside && pair.y >> 16)
+          other[u] = load_stream(codes + static_cast<u64>(pair.y & 0xffffu) * row, policy);
+        values[u] = pair.x >> 16 | (pair.y & 0xffff0000u);
+      };
+#if !ONE
+      Quad scales[QUADS];
+#if ZEROS == 1
+      u32 points[QUADS];
+#elif ZEROS == 2
+      Quad minima[QUADS];
+#endif
+      const auto read_scales = [&](int segment) {  // long before they are needed
+        const u64 group = static_cast<u64>((begin + segment) * SEGMENT / p.group) * p.outputs;
 #pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
-          values[u] = 0;
-          one[u] = other[u] = Vector{{0, 0, 0, 0}};
-          if (i + 2 * u < last) {
-            const u32 e = entry[i + 2 * u];
-            one[u] = load_stream(codes + static_cast<u64>(e & 0xffffu) * p.row, policy);
-            values[u] = e >> 16;
-          }
-          if (i + 2 * u + 1 < last) {
-            const u32 e = entry[i + 2 * u + 1];
-            other[u] = load_stream(codes + static_cast<u64>(e & 0xffffu) * p.row, policy);
-            values[u] |= e & 0xffff0000u;
-          }
-        }
-#pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
-          add_pair(one[u], other[u], values[u], sums);
-          sum = __dp2a_lo(int(values[u]), 0x0101, sum);
-        }
-      }
-      const float scale = segment_scale[list * a.capacity + segment];
-      const float x_sum = scale * sum;
-      const long long group = static_cast<long long>((begin + segment) * SEGMENT / p.group);
-      const scale_type* scales = p.scales + group * p.outputs;
-#pragma unroll
-      for (int i = 0; i < 16 / BITS; ++i) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int at = output + 16 * (2 * i + h);
+        for (int q = 0; q < QUADS; ++q) {
+          const int at = tile * COLUMNS + column + offset_of(q, team);
           if (at >= p.outputs) continue;
-          float by[4], found[4];
-          four_scales(scales + at, by);
+          scales[q] = __ldg(reinterpret_cast<const Quad*>(p.scales + group + at));
+#if ZEROS == 1
+          points[q] = __ldg(reinterpret_cast<const u32*>(static_cast<const u8*>(p.zeros) + group + at));
+#elif ZEROS == 2
+          minima[q] = __ldg(reinterpret_cast<const Quad*>(
+              static_cast<const scale_type*>(p.zeros) + group + at));
+#endif
+        }
+      };
 #pragma unroll
-          for (int k = 0; k < 4; ++k) found[k] = scale * sums[place_of(i, h, k)];
+      for (int q = 0; q < QUADS; ++q) {
+        scales[q] = Quad{};
+#if ZEROS == 1
+        points[q] = 0;
+#elif ZEROS == 2
+        minima[q] = Quad{};
+#endif
+      }
+#endif
+#pragma unroll
+      for (int u = 0; u < UNROLL; ++u) {
+        one[u] = other[u] = Vector{{0, 0, 0, 0}};
+        if (from + u >= to) continue;
+        if (u) ahead.step(rounds, listed);
+        start_round(u);
+      }
+#if !ONE
+      read_scales(now.segment);
+#endif
+      // Only the warp with a segment's first round subtracts its zeros.
+      bool whole = now.left == rounds[now.segment];
+#pragma unroll 1
+      for (int r = from; r < to; r += UNROLL) {
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) {
+          if (r + u >= to) break;
+          add_pair(one[u], other[u], values[u], sums);
+          if (r + u + UNROLL < to) {
+            ahead.step(rounds, listed);
+            start_round(u);
+          }
+          const bool more = r + u + 1 < to;
+          if (now.left > 1 && more) {
+            --now.left;
+            continue;
+          }
+          int kept[QUADS][4];
+          exchange(sums, team, kept);
+#pragma unroll
+          for (int i = 0; i < PIECE; ++i) sums[i] = 0;
+          const float scale = segment_scale[list * a.capacity + now.segment];
+          const float x_sum = whole ? scale * segment_sum[list * a.capacity + now.segment] : 0.0f;
+#pragma unroll
+          for (int q = 0; q < QUADS; ++q) {
+            float found[4];
+#pragma unroll
+            for (int k = 0; k < 4; ++k) found[k] = scale * kept[q][k];
 #if BITS == 4 && ZEROS != 2
 #pragma unroll
-          for (int k = 0; k < 4; ++k) found[k] -= 8.0f * x_sum;  // nibbles are stored 8 above
+            for (int k = 0; k < 4; ++k) found[k] -= 8.0f * x_sum;  // nibbles are stored 8 above
 #endif
 #if ZEROS == 1
-          const u32 points = __ldg(reinterpret_cast<const u32*>(
-              static_cast<const u8*>(p.zeros) + group * p.outputs + at));
 #pragma unroll
-          for (int k = 0; k < 4; ++k)
-            found[k] -= x_sum * static_cast<signed char>(points >> 8 * k & 255u);
+            for (int k = 0; k < 4; ++k)
+              found[k] -= x_sum * static_cast<signed char>(points[q] >> 8 * k & 255u);
 #endif
+#if ONE
 #pragma unroll
-          for (int k = 0; k < 4; ++k)
-            totals[list][place_of(i, h, k)] = fmaf(by[k], found[k], totals[list][place_of(i, h, k)]);
+            for (int k = 0; k < 4; ++k) totals[q][k] += found[k];
+#else
+            float by[4];
+            scales_of(scales[q], by);
+#pragma unroll
+            for (int k = 0; k < 4; ++k) totals[q][k] = fmaf(by[k], found[k], totals[q][k]);
+#endif
 #if ZEROS == 2
-          four_scales(static_cast<const scale_type*>(p.zeros) + group * p.outputs + at, by);
+            scales_of(minima[q], by);
 #pragma unroll
-          for (int k = 0; k < 4; ++k)
-            totals[list][place_of(i, h, k)] = fmaf(by[k], x_sum, totals[list][place_of(i, h, k)]);
+            for (int k = 0; k < 4; ++k) totals[q][k] = fmaf(by[k], x_sum, totals[q][k]);
 #endif
+          }
+          if (more) {
+            now.step(rounds, listed);
+            whole = true;
+#if !ONE
+            read_scales(now.segment);
+#endif
+          }
         }
       }
     }
+    float* to_meet = meet + (list * WARPS + warp) * COLUMNS + column;
+#pragma unroll
+    for (int q = 0; q < QUADS; ++q)
+      *reinterpret_cast<float4*>(to_meet + offset_of(q, team)) =
+          make_float4(totals[q][0], totals[q][1], totals[q][2], totals[q][3]);
   }
 
-  // The teams' totals: those of one warp by shuffles, those of the block through shared memory.
+  __syncthreads();
+  for (int i = thread; i < LISTS * COLUMNS; i += THREADS) {
+    const int list = i / COLUMNS, c = i % COLUMNS;
+    float sum = 0.0f;
 #pragma unroll
-  for (int list = 0; list < LISTS; ++list) {
-#pragma unroll
-    for (int step = LANES; step < 32; step *= 2)
-#pragma unroll
-      for (int i = 0; i < PIECE; ++i)
-        totals[list][i] += __shfl_xor_sync(0xffffffffu, totals[list][i], step);
-    __syncthreads();
-    if (lane < LANES) {
-#pragma unroll
-      for (int i = 0; i < 16 / BITS; ++i)
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            const int column = lane / 4 * (4 * PIECE) + lane % 4 * 4 + 16 * (2 * i + h) + k;
-            meet[warp * COLUMNS + column] = totals[list][place_of(i, h, k)];
-          }
-    }
-    __syncthreads();
-    for (int c = thread; c < COLUMNS; c += THREADS) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int w = 0; w < WARPS; ++w) sum += meet[w * COLUMNS + c];
-      parts[list][c] = sum;
-    }
+    for (int w = 0; w < WARPS; ++w) sum += meet[(list * WARPS + w) * COLUMNS + c];
+    float* to = &parts[rank][list][c % SHARE];
+    if (CLUSTER > 1) write_to(to, c / SHARE, sum); else *to = sum;
   }
 
-  if (CLUSTER > 1) cluster_sync(); else __syncthreads();
-  // Each block finishes its share of the tile's columns.
-  constexpr int SHARE = (COLUMNS + CLUSTER - 1) / CLUSTER;
+  if (CLUSTER > 1) cluster_arrive(), cluster_wait(); else __syncthreads();
   for (int i = thread; i < SHARE; i += THREADS) {
     const int c = rank * SHARE + i, to = tile * COLUMNS + c;
-    const Projection& p = a.projections[GATED ? 0 : which];
-    if (c >= COLUMNS || to >= p.outputs) continue;
+    if (c >= COLUMNS || to >= outputs) continue;
+    if (i != thread) read_added(added, a, which, token, to);
     float found[LISTS];
 #pragma unroll
     for (int list = 0; list < LISTS; ++list) {
       float sum = 0.0f;
 #pragma unroll
-      for (int r = 0; r < CLUSTER; ++r)
-        sum += CLUSTER == 1 ? parts[list][c] : read_from(&parts[list][c], r);
-      const element* bias = a.projections[GATED ? list : which].bias;
-      if (bias) sum += to_float(__ldg(bias + to));
-      found[list] = rounded(sum);
+      for (int r = 0; r < CLUSTER; ++r) sum += parts[r][list][i];
+      if (ONE) sum *= scale_of(added.scale[list]);
+      found[list] = rounded(sum + to_float(added.bias[list]));
     }
-    const long long place = static_cast<long long>(token) * p.outputs + to;
+    const long long place = static_cast<long long>(token) * outputs + to;
 #if GATED
-    p.out[place] = to_element(rounded(activate(found[0], a.activation)) * found[LISTS - 1]);
+    a.projections[0].out[place] =
+        to_element(rounded(activate(found[0], a.activation)) * found[LISTS - 1]);
 #else
-    if (a.residual && which == 0) found[0] += to_float(load_one(a.residual + place));
-    p.out[place] = to_element(found[0]);
+    a.projections[which].out[place] = to_element(found[0] + to_float(added.residual));
 #endif
   }
-  if (CLUSTER > 1) cluster_sync();  // a block's shared memory must outlive its readers
 }

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,11 +15,13 @@ from torch import Tensor
 from wina.kernels import reference
 from wina.kernels.cuda.compile import kernel, mapping
 from wina.kernels.cuda.rows import ACTIVATIONS, ELEMENTS, MOST
+from wina.kernels.cuda.table import device_kind
 from wina.kernels.quantized import QuantizedWeight, dequantize
 
-SEGMENTS = (64, 32)  # channels whose values share a scale
+SEGMENTS = (128, 64, 32)  # channels whose values share a scale
 MOST_TOKENS = 8  # more go through the dequantized weight
-LANES = (8, 4)
+LANES = (32, 16, 8)
+SHIPPED = Path(__file__).with_name("quantized.json")
 SHARED = 160 << 10  # bytes of a block's shared memory that lists may take
 
 
@@ -25,9 +30,9 @@ class Config:
     """How the work is cut up.
 
     Attributes:
-        lanes: threads of a team: 16-byte pieces of a row's tile.
+        lanes: threads of a team: 16-byte pieces of a row's tile; 8, 16 or 32.
         teams: of a block; lanes times teams is a multiple of 32.
-        unroll: pairs of rows that a thread has under way.
+        unroll: rounds, of two rows for each team, that are under way.
         cluster: blocks that share a tile, each with its part of the channels.
         blocks: of a multiprocessor, for the compiler's choice of registers.
     """
@@ -71,7 +76,6 @@ class _Arguments(ctypes.Structure):
         ("count", ctypes.c_int),
         ("activation", ctypes.c_int),
         ("capacity", ctypes.c_int),
-        ("parts", ctypes.c_int),
     )
 
 
@@ -92,6 +96,7 @@ def fits(x: Tensor, weights: Sequence[QuantizedWeight]) -> bool:
         and weight.scales.dtype == first.scales.dtype
         and weight.zeros.dtype == first.zeros.dtype
         and bool(weight.zeros.numel()) == bool(first.zeros.numel())
+        and weight.group_size == first.group_size
         and weight.shape[0] % 4 == 0
         and weight.codes.numel() > 0
         for weight in weights
@@ -101,8 +106,23 @@ def fits(x: Tensor, weights: Sequence[QuantizedWeight]) -> bool:
     return same and few and fine and segment_of(weights) is not None
 
 
+@cache
+def shipped() -> dict[str, dict[str, Config]]:
+    """Return measured configurations: device kind -> ``key_of`` a launch -> configuration."""
+    content = json.loads(SHIPPED.read_text(encoding="utf-8"))
+    return {
+        kind: {key: Config(**fields) for key, fields in entries.items()}
+        for kind, entries in content.items()
+    }
+
+
+def key_of(inputs: int, outputs: Sequence[int], gated: bool, bits: int) -> str:
+    """Return a launch's name in the table; outputs: of the gate alone where ``gated``."""
+    return f"{'gated ' if gated else ''}{inputs}->{'+'.join(map(str, outputs))} int{bits}"
+
+
 def config_for(inputs: int, pieces: Sequence[int], gated: bool, units: int) -> Config:
-    """Return how to cut up W drop(x); a rule, not measured yet.
+    """Return how to cut up W drop(x) where nothing was measured: a rule.
 
     Args:
         inputs: channels.
@@ -110,24 +130,57 @@ def config_for(inputs: int, pieces: Sequence[int], gated: bool, units: int) -> C
         gated: two projections are computed by one block.
         units: multiprocessors of the device.
     """
-    blocks = 1 if gated else 2
+    lanes, threads = 8, 256
 
     def tiles(lanes: int) -> int:
         return sum(-(-one // lanes) for one in pieces[: 1 if gated else None])
 
-    lanes = next((n for n in LANES if tiles(n) >= units), LANES[-1])
+    while lanes < LANES[0] and tiles(2 * lanes) * 8 >= 2 * units:
+        lanes *= 2
     cluster = 1
-    while cluster < 8 and tiles(lanes) * cluster * 2 <= units * blocks and inputs >= 256 * cluster:
+    while cluster < 8 and tiles(lanes) * cluster * 4 <= 6 * units and inputs >= 256 * cluster:
         cluster *= 2
-    while cluster < 8 and list_bytes(inputs, cluster, gated, SEGMENTS[0]) > SHARED // blocks:
-        cluster *= 2
-    return Config(lanes, 256 // lanes, 2, cluster, blocks)
+    found = Config(lanes, threads // lanes, 3, cluster, 2)
+    while found.cluster < 8 and shared_bytes(found, inputs, gated, SEGMENTS[0], 4) > SHARED // 2:
+        found = replace(found, cluster=2 * found.cluster)
+    return found
 
 
-def list_bytes(inputs: int, cluster: int, gated: bool, segment: int) -> int:
-    """Return the bytes of a block's lists of live channels."""
-    capacity = -(-(inputs // segment) // cluster)
-    return (2 if gated else 1) * capacity * (4 * segment + 12)
+def shared_bytes(config: Config, inputs: int, gated: bool, segment: int, bits: int) -> int:
+    """Return the dynamic shared memory of a block: lists of live channels, and the warps' sums."""
+    capacity = -(-(inputs // segment) // config.cluster)
+    count = 2 if gated else 1
+    sums = count * config.threads // 32 * config.lanes * (128 // bits) * 4
+    return -(-count * capacity * (4 * segment + 12) // 16) * 16 + sums
+
+
+def macros_of(
+    config: Config,
+    dtype: torch.dtype,
+    weights: Sequence[QuantizedWeight],
+    *,
+    gated: bool,
+    norm: bool,
+) -> dict[str, int]:
+    """Return what quantized.cu is compiled with for x of a dtype."""
+    first = weights[0]
+    segment = segment_of(weights)
+    assert segment is not None
+    return {
+        "ELEMENT": ELEMENTS[dtype],
+        "SCALE": ELEMENTS[first.scales.dtype],
+        "BITS": first.bits,
+        "ZEROS": 0 if not first.zeros.numel() else 2 if first.zeros.is_floating_point() else 1,
+        "LANES": config.lanes,
+        "TEAMS": config.teams,
+        "UNROLL": config.unroll,
+        "CLUSTER": config.cluster,
+        "SEGMENT": segment,
+        "ONE": int(len(first.scales) == 1 and not first.zeros.numel()),
+        "GATED": int(gated),
+        "NORM": int(norm),
+        "BLOCKS": config.blocks,
+    }
 
 
 def launch(
@@ -148,22 +201,8 @@ def launch(
     tokens = x.numel() // inputs
     segment = segment_of(weights)
     assert segment is not None
-    first = weights[0]
-    zeros = 0 if not first.zeros.numel() else 2 if first.zeros.is_floating_point() else 1
-    macros = {
-        "ELEMENT": ELEMENTS[x.dtype],
-        "SCALE": ELEMENTS[first.scales.dtype],
-        "BITS": first.bits,
-        "ZEROS": zeros,
-        "LANES": config.lanes,
-        "TEAMS": config.teams,
-        "UNROLL": config.unroll,
-        "CLUSTER": config.cluster,
-        "SEGMENT": segment,
-        "GATED": int(activation is not None),
-        "NORM": int(norm is not None),
-        "BLOCKS": config.blocks,
-    }
+    gated = activation is not None
+    macros = macros_of(config, x.dtype, weights, gated=gated, norm=norm is not None)
     run = kernel(
         "quantized.cu", "wina_quantized", mapping(macros), x.device.index or 0, config.threads
     )
@@ -179,13 +218,12 @@ def launch(
         count=len(weights),
         activation=ACTIVATIONS[activation or "silu"],
         capacity=capacity,
-        parts=max(1, -(-config.teams // capacity)),
     )
     results, tiles = [], 0
     for place, (weight, vector, bias) in enumerate(zip(weights, thresholds, biases, strict=True)):
         projection, out = arguments.projections[place], weight.shape[0]
         projection.codes, projection.scales = weight.codes.data_ptr(), weight.scales.data_ptr()
-        projection.zeros = weight.zeros.data_ptr() if zeros else None
+        projection.zeros = weight.zeros.data_ptr() if weight.zeros.numel() else None
         projection.thresholds = vector.data_ptr()
         projection.bias = None if bias is None else bias.data_ptr()
         projection.row, projection.outputs = weight.codes.shape[1], out
@@ -195,9 +233,7 @@ def launch(
             results.append(x.new_empty((*x.shape[:-1], out)))
             projection.out = results[-1].data_ptr()
             tiles += projection.tiles
-    lists = list_bytes(inputs, config.cluster, activation is not None, segment)
-    columns = config.lanes * 128 // first.bits
-    shared = max(lists, config.threads // 32 * columns * 4)
+    shared = shared_bytes(config, inputs, gated, segment, weights[0].bits)
     run.launch(tiles * tokens * config.cluster, shared, arguments)
     return results
 
@@ -256,6 +292,11 @@ def gated_mlp(
 
 
 def _config(x: Tensor, weights: Sequence[QuantizedWeight], *, gated: bool) -> Config:
+    outputs = [weight.shape[0] for weight in (weights[:1] if gated else weights)]
+    key = key_of(x.shape[-1], outputs, gated, weights[0].bits)
+    found = shipped().get(device_kind(x.device.index or 0), {}).get(key)
+    if found is not None:
+        return found
     units = torch.cuda.get_device_properties(x.device).multi_processor_count
     pieces = [weight.codes.shape[1] // 16 for weight in weights]
     return config_for(x.shape[-1], pieces, gated, units)
