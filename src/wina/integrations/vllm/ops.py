@@ -20,6 +20,7 @@ from torch.nn import functional
 from wina.integrations.vllm.packed import products_of
 from wina.integrations.vllm.rows import BATCH
 from wina.kernels import dense_linear, drop_each, sparse_linear, sparse_linears
+from wina.kernels.gpu import flagged_linears
 from wina.layers.linear import FEW
 
 SCHEMA = (
@@ -137,16 +138,21 @@ def _on_cuda(
             return _sparse(x, weight, thresholds, sizes, _sum(own, extra))
     # A graph is replayed with any mix of rows: the device looks which are which.
     flags = BATCH.flags(x.device, len(x))
-    masked = gate(x, thresholds, flags)
     weights = torch.split(weight, sizes)
     none: list[Tensor | None] = [None] * len(sizes)
     biases = none if own is None else torch.split(own, sizes)
+    added = None if extra is None else flags[:, None] * extra
+    if len(x) <= SKIPPED and x.is_cuda:
+        found = flagged_linears(x, weights, thresholds.unbind(), biases, flags)
+        if found is not None:
+            return found if added is None else found + added
+    masked = gate(x, thresholds, flags)
     if len(x) <= SKIPPED:  # what is 0 by now is skipped, as a dropped channel is
         least = _least(x.shape[-1], x.device)
         parts = [sparse_linear(masked[i], weights[i], least, biases[i]) for i in range(len(sizes))]
     else:
         parts = [functional.linear(masked[i], weights[i], biases[i]) for i in range(len(sizes))]
-    return _join(parts, None if extra is None else flags[:, None] * extra)
+    return _join(parts, added)
 
 
 def gate(x: Tensor, thresholds: Tensor, flags: Tensor) -> Tensor:
