@@ -77,7 +77,9 @@ def flagged_linears(
 
     Args:
         x: shape (rows, inputs).
-        weights: as of ``linears``, likewise thresholds and biases.
+        weights: as of ``linears``.
+        thresholds: likewise.
+        biases: likewise.
         flags: False for rows that nothing is dropped of, shape (rows,), bool.
     """
     config = _config(x, weights, thresholds, None, gated=False)

@@ -209,7 +209,8 @@ def rows(
         slots=lists,
     )
     results: list[Tensor] = []
-    held = None if out is None else out.split([weight.shape[0] for weight in weights], -1)
+    widths = [weight.shape[0] for weight in weights]
+    held = None if out is None else torch.split(out, widths, -1)
     tiles = 0
     for place, (weight, vector, bias) in enumerate(zip(weights, thresholds, biases, strict=True)):
         projection = arguments.projections[place]
