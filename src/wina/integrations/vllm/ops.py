@@ -5,8 +5,9 @@ its sparse ones. It reads from ``rows.BATCH`` which is which, as vLLM's attentio
 metadata, so that a compiled or captured model serves any mix. Sparse rows go to the kernels that
 serve Transformers models.
 
-In float32 on a CPU a row's result has the same bits in any batch. A channel that lies within
-rounding of its threshold is kept or dropped by the last bit, and the text may go another way then.
+In float32 on a CPU, and on request in 16 bits, a row's result has the same bits in any batch. A
+channel that lies within rounding of its threshold is kept or dropped by the last bit, and the text
+may go another way then.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ SCHEMA = (
     "Tensor[] sparse_bias) -> Tensor"
 )
 SKIPPED = 8  # rows up to which rows of W are skipped, where a dense product is at hand
-ROWS_A_THREAD = 8  # in float32, the least that a dense product gets
+ROWS_A_THREAD = 8  # the least that a dense product gets, where its bits must be the same
 
 
 def batch_linear(
@@ -79,11 +80,15 @@ def _on_cpu(
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.device.type != "cpu" or weight.stride(0) != 1:
         return functional.linear(x, weight, bias)
-    if x.dtype == torch.float32:
+    if _exact(x):
         return _same_sums(x, weight, bias)
     if len(x) > FEW and (products := products_of(weight)) is not None:
         return _join([product(x) for product in products], bias)
     return dense_linear(x, weight, bias)
+
+
+def _exact(x: Tensor) -> bool:
+    return x.dtype == torch.float32 or BATCH.exact
 
 
 def _same_sums(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -103,7 +108,7 @@ def _same_sums(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _sparse(
     x: Tensor, weight: Tensor, thresholds: Tensor, sizes: list[int], bias: Tensor | None
 ) -> Tensor:
-    many = len(x) > SKIPPED and x.dtype != torch.float32
+    many = len(x) > SKIPPED and not _exact(x)
     if many and (products := products_of(weight)) is not None:
         masked = drop_each(x, thresholds)
         return _join([product(x) for product, x in zip(products, masked, strict=True)], bias)
