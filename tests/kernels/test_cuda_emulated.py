@@ -358,3 +358,23 @@ def test_the_buckets_of_tokens(emulate: Callable[..., None]) -> None:
         emulate(x, w, t)
         (found,) = rows_module.rows(x, [w], [t], [None], config)
         assert_close(found, reference.sparse_linear(x, w, t), rtol=3.2e-2, atol=3.2e-2)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_flags_and_results_side_by_side(emulate: Callable[..., None], tokens: int) -> None:
+    torch.manual_seed(tokens)
+    dtype, inputs, outputs = torch.bfloat16, 200, (120, 40, 48)
+    x = torch.randn(tokens, inputs).to(dtype)
+    weights = [weight(inputs, n, dtype) for n in outputs]
+    thresholds = [torch.rand(inputs) * (1 + i) for i in range(3)]
+    biases = [torch.randn(outputs[0]).to(dtype), None, None]
+    config = Config(lanes=4, groups=8, unroll=4, cluster=2, whole=int(tokens == 1))
+    for flags in (torch.arange(tokens) % 2 == 0, torch.arange(tokens) % 2 == 1):
+        out = torch.empty(tokens, sum(outputs), dtype=dtype)
+        emulate(x, flags, out, *weights, *thresholds, *biases)
+        rows_module.rows(x, weights, thresholds, biases, config, flags=flags, out=out)
+        dropped = reference.sparse_linears(x, weights, thresholds, biases)
+        zeros = [torch.zeros(inputs)] * 3
+        whole = reference.sparse_linears(x, weights, zeros, biases)
+        wanted = torch.where(flags[:, None], torch.cat(dropped, -1), torch.cat(whole, -1))
+        assert_close(out, wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])

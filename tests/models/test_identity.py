@@ -3,12 +3,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.helpers import make_model, make_plan
 from wina.errors import WinaError
 from wina.layers import sparsify
 from wina.models import identify
+from wina.models.identity import files_hash
 
 
 def test_where_and_how_a_model_was_loaded_does_not_matter(
@@ -60,3 +62,25 @@ def test_the_hash_is_as_it_is_defined(model: PreTrainedModel, dtype: torch.dtype
         digest = hashlib.sha256(rounded.view(torch.int16).numpy().tobytes()).hexdigest()
         total.update(f"{name} {list(value.shape)} {digest}\n".encode())
     assert identify(model, "x").weights_hash == total.hexdigest()
+
+
+@pytest.mark.parametrize("shards", ["1GB", "50KB"])
+def test_files_have_the_hash_of_the_model(
+    model: PreTrainedModel, shards: str, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path, max_shard_size=shards)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shards == "50KB")
+    assert files_hash(tmp_path, model.config) == identify(model, "m").weights_hash
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1
+    model.save_pretrained(tmp_path, max_shard_size=shards)
+    assert files_hash(tmp_path, model.config) == identify(model, "m").weights_hash
+
+
+def test_files_that_hold_something_else_have_no_hash(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
+    assert files_hash(tmp_path, model.config) is None
+    tensors = {f"other.{name}": tensor.clone() for name, tensor in model.state_dict().items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert files_hash(tmp_path, model.config) is None

@@ -112,6 +112,22 @@ def skips(x: Tensor, outputs: Sequence[int], *, gated: bool) -> bool:
     return result
 
 
+def flagged_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    flags: Tensor,
+) -> Tensor | None:
+    """Return W drop(x) + b side by side, nothing dropped of rows that ``flags`` does not name.
+
+    None where no kernel does that, or a dense product is faster.
+    """
+    if _backend() is not cuda:
+        return None
+    return cuda.flagged_linears(x, weights, thresholds, biases, flags)
+
+
 def quantized_linear(
     x: Tensor, weight: list[Tensor], thresholds: Tensor, bias: list[Tensor]
 ) -> Tensor:

@@ -13,13 +13,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from wina.layers.foreign import plain_weight
 from wina.layers.linear import is_read_by_others, sparse_layers
@@ -62,6 +66,43 @@ def config_hash(config: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def files_hash(folder: Path, config: Any) -> str | None:
+    """Return ``identify``'s weights_hash from a folder's safetensors files; no model is loaded.
+
+    None where they hold other tensors than the parameters of Transformers' model, by name and
+    shape, or there are none: families whose checkpoints are stored otherwise, quantized ones.
+    """
+    index = folder / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"].values() if index.exists() else ()
+    files = [folder / name for name in sorted(set(places) or {"model.safetensors"})]
+    if not all(file.exists() for file in files):
+        return None
+    try:
+        with torch.device("meta"), no_init_weights():
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError:  # no text model
+        return None
+    model.tie_weights()
+    wanted = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    others = model.state_dict().keys() - wanted.keys()  # tied
+    held: dict[str, tuple[Path, list[int]]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in set(opened.keys()) - others:
+                held[name] = file, opened.get_slice(name).get_shape()
+    if {name: shape for name, (_, shape) in held.items()} != wanted:
+        return None
+
+    def digest(name: str) -> str:
+        with safe_open(held[name][0], framework="pt") as opened:
+            return _digest(opened.get_tensor(name))
+
+    names = sorted(wanted)
+    with ThreadPoolExecutor(THREADS) as pool:
+        digests = list(pool.map(digest, names))
+    return _total(zip(names, (wanted[name] for name in names), digests, strict=True))
+
+
 @torch.no_grad()
 def settle(model: PreTrainedModel) -> None:
     """Let a model quantized by another library do what it puts off until its first call.
@@ -91,9 +132,13 @@ def _weights_hash(model: nn.Module) -> str:
         )
     with ThreadPoolExecutor(THREADS) as pool:
         digests = pool.map(_digest, (tensor for _, tensor in tensors))
+        return _total((name, x.shape, y) for (name, x), y in zip(tensors, digests, strict=True))
+
+
+def _total(lines: Iterable[tuple[str, Iterable[int], str]]) -> str:
     total = hashlib.sha256()
-    for (name, tensor), digest in zip(tensors, digests, strict=True):
-        total.update(f"{name} {list(tensor.shape)} {digest}\n".encode())
+    for name, shape, digest in lines:
+        total.update(f"{name} {list(shape)} {digest}\n".encode())
     return total.hexdigest()
 
 

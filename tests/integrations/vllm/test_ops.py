@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -12,9 +13,10 @@ from torch.testing import assert_close
 
 from wina.errors import UsageError
 from wina.integrations.vllm import ops, packed
+from wina.integrations.vllm.options import Options, options_of
 from wina.integrations.vllm.rows import BATCH
 from wina.kernels import reference
-from wina.kernels.cpu.library import input_major
+from wina.kernels.cpu.library import input_major, instruction_set, use_instruction_set
 
 SIZES = [12, 4, 8]
 
@@ -86,12 +88,12 @@ def test_with_a_copy_for_dense_products(rows: str, dtype: torch.dtype) -> None:
     assert len(seen) == len(SIZES) * len(kinds)
 
 
-def test_the_option_for_the_copy() -> None:
-    assert packed.wanted({"wina": {"dense_copy": True}, "other": 1})
-    assert not packed.wanted({"wina": {}})
-    assert not packed.wanted({})
-    with pytest.raises(UsageError, match="takes dense_copy"):
-        packed.wanted({"wina": {"copy": True}})
+def test_options() -> None:
+    assert options_of({"wina": {"dense_copy": True}, "other": 1}) == Options(dense_copy=True)
+    assert options_of({"wina": {}}) == options_of({}) == Options()
+    assert options_of({"wina": {"batch_invariant": True}}).batch_invariant
+    with pytest.raises(UsageError, match=r"takes batch_invariant and dense_copy; got"):
+        options_of({"wina": {"copy": True}})
 
 
 def test_padding_is_computed_too() -> None:
@@ -111,9 +113,20 @@ def test_one_projection() -> None:
     assert_close(found, masked @ weight.t())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", ["s", "sd", "sdsd", "s" * 12])
-def test_a_row_has_the_same_bits_in_any_batch(rows: str) -> None:
-    x, weight, thresholds, bias, extra = case(len(rows))
+def test_a_row_has_the_same_bits_in_any_batch(
+    rows: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight, thresholds, bias, extra = case(len(rows), dtype)
+    monkeypatch.setattr(BATCH, "exact", True)
+    paired = instruction_set() == "avx512_bf16"
+    with use_instruction_set("avx512") if paired else nullcontext():
+        check_bits(rows, x, weight, thresholds, bias, extra)
+
+
+def check_bits(rows: str, x: Tensor, weight: Tensor, thresholds: Tensor, *biases: Tensor) -> None:
+    bias, extra = biases
     start(*(row == "s" for row in rows))
     together = ops.batch_linear(x, weight, thresholds, SIZES, bias, extra)
     for place, row in enumerate(rows):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from wina.errors import UsageError, WinaError
 from wina.files import validate
 from wina.integrations.vllm.lines import line_for
 from wina.integrations.vllm.shards import check_servable, missing, projections_of
-from wina.models.identity import config_hash
+from wina.models.identity import config_hash, files_hash
 from wina.plan import Plan, PlanDocument, PlannedLinear
 
 METHOD = "wina"
@@ -105,13 +106,23 @@ class WinaConfig(QuantizationConfig):  # type: ignore[misc]
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Raise WinaError if the plan was made for a model of another shape."""
-        del revision
-        if hf_config is not None and config_hash(hf_config) != self.document.model.config_hash:
-            raise WinaError(
-                f"the plan was made for {self.document.model.name!r}, and {model_name!r} is "
-                "another architecture or size (their configs differ)"
-            )
+        """Raise WinaError if the plan was made for another model.
+
+        Weights are compared where they lie in a local folder as Transformers names them.
+        """
+        if hf_config is None:
+            return
+        wanted = self.document.model
+        weights = _weights_hash(model_name, hf_config) if self.source is not None else None
+        found = wanted.model_copy(
+            update={
+                "name": model_name,
+                "revision": revision,
+                "config_hash": config_hash(hf_config),
+                "weights_hash": weights or wanted.weights_hash,
+            }
+        )
+        wanted.check(found)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Take vLLM's names of the linears."""
@@ -153,6 +164,16 @@ class WinaConfig(QuantizationConfig):  # type: ignore[misc]
                 f"vLLM's model has no layer for {len(left)} of the plan's linears, such as "
                 f"{left[0]}; vLLM builds this architecture in another way than Transformers"
             )
+
+
+_hashes: dict[tuple[str, str], str | None] = {}  # vLLM asks more than once
+
+
+def _weights_hash(folder: str, config: Any) -> str | None:
+    key = folder, config_hash(config)
+    if key not in _hashes:
+        _hashes[key] = files_hash(Path(folder), config) if Path(folder).is_dir() else None
+    return _hashes[key]
 
 
 def _digest(document: PlanDocument, vectors: Mapping[str, Tensor]) -> str:

@@ -21,10 +21,11 @@ from wina.errors import UsageError, WinaError
 from wina.integrations.vllm import packed
 from wina.integrations.vllm.lines import line_for
 from wina.integrations.vllm.ops import batch_linear
+from wina.integrations.vllm.options import Options, options_of
 from wina.integrations.vllm.rows import BATCH, MOST
 from wina.integrations.vllm.shards import check_layer, input_shard
 from wina.kernels import available_backends
-from wina.kernels.cpu.library import input_major, set_crossover
+from wina.kernels.cpu.library import input_major, set_crossover, use_no_pairs
 from wina.plan import Plan
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ class WinaLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         super().__init__()
         self.config = config
         self.names = names  # of the projections, in their order
-        self.dense_copy = packed.wanted(get_current_vllm_config().additional_config)
-        prepare(config)
+        self.options = options_of(get_current_vllm_config().additional_config)
+        prepare(config, self.options)
 
     def create_weights(
         self,
@@ -112,10 +113,11 @@ class WinaLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             return
         usual = layer.weight.data
         layer.weight.data = input_major(usual)
-        if usual.device.type == "cpu" and usual.dtype == torch.float32:
+        exact = self.options.batch_invariant or usual.dtype == torch.float32
+        if usual.device.type == "cpu" and exact:
             for outputs in layer.wina_sizes:  # one kernel for any number of rows: see ops
                 set_crossover(usual.dtype, usual.shape[1], outputs, _ANY)
-        if self.dense_copy and usual.device.type == "cpu":
+        if self.options.dense_copy and usual.device.type == "cpu":
             products = packed.pack(list(torch.split(usual, layer.wina_sizes)))
             packed.remember(layer.weight, products)
 
@@ -173,13 +175,14 @@ def _kernel_devices() -> frozenset[str]:
     return frozenset(places[name] for name in available_backends() if name in places)
 
 
-def prepare(config: WinaConfig) -> None:
+def prepare(config: WinaConfig, options: Options) -> None:
     """Let vLLM's runner say which rows of a batch are sparse under a plan.
 
     The plan goes into the key of what vLLM compiles: which layers are sparse is part of the code.
 
     Raises:
-        UsageError: vLLM was told to cut batches in a way that wina does not follow.
+        UsageError: vLLM was told to cut batches in a way that wina does not follow, or an option
+            does not fit the device.
     """
     current = get_current_vllm_config()
     parallel, scheduler = current.parallel_config, current.scheduler_config
@@ -196,8 +199,14 @@ def prepare(config: WinaConfig) -> None:
     BATCH.prefill, BATCH.dense_prefix = document.prefill, document.dense_prefix
     line = line_for(vllm.__version__)
     line.watch_runners(BATCH.start)
-    if current.device_config.device_type == "cpu" and _dtype(current) == torch.float32:
+    on_cpu = current.device_config.device_type == "cpu"
+    if options != Options() and not on_cpu:
+        raise UsageError("dense_copy and batch_invariant of additional_config's wina are for CPUs")
+    BATCH.exact = options.batch_invariant
+    if on_cpu and (options.batch_invariant or _dtype(current) == torch.float32):
         line.attend_in_one_piece()
+    if options.batch_invariant:
+        use_no_pairs()
 
 
 def _dtype(config: Any) -> torch.dtype | None:

@@ -5,8 +5,9 @@ its sparse ones. It reads from ``rows.BATCH`` which is which, as vLLM's attentio
 metadata, so that a compiled or captured model serves any mix. Sparse rows go to the kernels that
 serve Transformers models.
 
-In float32 on a CPU a row's result has the same bits in any batch. A channel that lies within
-rounding of its threshold is kept or dropped by the last bit, and the text may go another way then.
+In float32 on a CPU, and on request in 16 bits, a row's result has the same bits in any batch. A
+channel that lies within rounding of its threshold is kept or dropped by the last bit, and the text
+may go another way then.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.nn import functional
 from wina.integrations.vllm.packed import products_of
 from wina.integrations.vllm.rows import BATCH
 from wina.kernels import dense_linear, drop_each, sparse_linear, sparse_linears
+from wina.kernels.gpu import flagged_linears
 from wina.layers.linear import FEW
 
 SCHEMA = (
@@ -27,7 +29,7 @@ SCHEMA = (
     "Tensor[] sparse_bias) -> Tensor"
 )
 SKIPPED = 8  # rows up to which rows of W are skipped, where a dense product is at hand
-ROWS_A_THREAD = 8  # in float32, the least that a dense product gets
+ROWS_A_THREAD = 8  # the least that a dense product gets, where its bits must be the same
 
 
 def batch_linear(
@@ -78,11 +80,15 @@ def _on_cpu(
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.device.type != "cpu" or weight.stride(0) != 1:
         return functional.linear(x, weight, bias)
-    if x.dtype == torch.float32:
+    if _exact(x):
         return _same_sums(x, weight, bias)
     if len(x) > FEW and (products := products_of(weight)) is not None:
         return _join([product(x) for product in products], bias)
     return dense_linear(x, weight, bias)
+
+
+def _exact(x: Tensor) -> bool:
+    return x.dtype == torch.float32 or BATCH.exact
 
 
 def _same_sums(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -102,7 +108,7 @@ def _same_sums(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _sparse(
     x: Tensor, weight: Tensor, thresholds: Tensor, sizes: list[int], bias: Tensor | None
 ) -> Tensor:
-    many = len(x) > SKIPPED and x.dtype != torch.float32
+    many = len(x) > SKIPPED and not _exact(x)
     if many and (products := products_of(weight)) is not None:
         masked = drop_each(x, thresholds)
         return _join([product(x) for product, x in zip(products, masked, strict=True)], bias)
@@ -137,16 +143,21 @@ def _on_cuda(
             return _sparse(x, weight, thresholds, sizes, _sum(own, extra))
     # A graph is replayed with any mix of rows: the device looks which are which.
     flags = BATCH.flags(x.device, len(x))
-    masked = gate(x, thresholds, flags)
     weights = torch.split(weight, sizes)
     none: list[Tensor | None] = [None] * len(sizes)
     biases = none if own is None else torch.split(own, sizes)
+    added = None if extra is None else flags[:, None] * extra
+    if len(x) <= SKIPPED and x.is_cuda:
+        found = flagged_linears(x, weights, thresholds.unbind(), biases, flags)
+        if found is not None:
+            return found if added is None else found + added
+    masked = gate(x, thresholds, flags)
     if len(x) <= SKIPPED:  # what is 0 by now is skipped, as a dropped channel is
         least = _least(x.shape[-1], x.device)
         parts = [sparse_linear(masked[i], weights[i], least, biases[i]) for i in range(len(sizes))]
     else:
         parts = [functional.linear(masked[i], weights[i], biases[i]) for i in range(len(sizes))]
-    return _join(parts, None if extra is None else flags[:, None] * extra)
+    return _join(parts, added)
 
 
 def gate(x: Tensor, thresholds: Tensor, flags: Tensor) -> Tensor:

@@ -7,29 +7,14 @@ packed for itself. One copy of the weights serves few rows best, or many, not bo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
 
 from torch import Tensor, nn
 
-from wina.errors import UsageError
-
 Product = Callable[[Tensor], Tensor]
 _products: dict[int, list[Product]] = {}  # by where the input-major weight lies
-
-
-def wanted(additional_config: Any) -> bool:
-    """Return whether vLLM's ``additional_config`` asks for the copy.
-
-    Raises:
-        UsageError: it has something else under ``wina``.
-    """
-    given = additional_config.get("wina", {}) if isinstance(additional_config, Mapping) else {}
-    if not isinstance(given, Mapping) or given.keys() - {"dense_copy"}:
-        raise UsageError(f"additional_config's wina takes dense_copy; got {given!r}")
-    return bool(given.get("dense_copy", False))
 
 
 def pack(projections: list[Tensor]) -> list[Product]:

@@ -54,12 +54,14 @@ class Batch:
     Attributes:
         prefill: see ``sparse_rows``; the plan's.
         dense_prefix: likewise.
+        exact: whether a row's results must have the same bits in any batch; float32's always do.
         kind: what its rows are; "mixed" too while it is not known, as when an engine warms up.
     """
 
     def __init__(self) -> None:
         self.prefill: Mode = "dense"
         self.dense_prefix = 0
+        self.exact = False
         self.kind: Kind = "mixed"
         self._flags = np.ones(MOST, dtype=np.bool_)
         self._used = 0

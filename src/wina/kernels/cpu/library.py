@@ -162,6 +162,15 @@ def instruction_set() -> str:
     return name.decode()
 
 
+def use_no_pairs() -> None:
+    """Compute bfloat16 without pair products from now on: channels are added one by one.
+
+    Which channels share a pair depends on what other rows keep, and the sum's last bit with it.
+    """
+    if instruction_set() == "avx512_bf16":
+        _library().wina_use_instruction_set(b"avx512")
+
+
 @contextmanager
 def use_instruction_set(name: str) -> Iterator[None]:
     """Use another of the processor's instruction sets inside the block, for tests and benchmarks.

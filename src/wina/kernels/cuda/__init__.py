@@ -19,6 +19,7 @@ from wina.kernels.cuda.table import config_for
 __all__ = [
     "attention_step",
     "decode_attention",
+    "flagged_linears",
     "gated_mlp",
     "linears",
     "load",
@@ -73,6 +74,30 @@ def linears(
     if residual is not None:
         results[0] = residual + results[0]
     return results
+
+
+def flagged_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    flags: Tensor,
+) -> Tensor | None:
+    """Return W drop(x) + b of all projections side by side in one launch; None if it does not pay.
+
+    Args:
+        x: shape (rows, inputs).
+        weights: as of ``linears``.
+        thresholds: likewise.
+        biases: likewise.
+        flags: False for rows that nothing is dropped of, shape (rows,), bool.
+    """
+    config = _config(x, weights, thresholds, None, gated=False)
+    if config is None:
+        return None
+    out = x.new_empty(len(x), sum(weight.shape[0] for weight in weights))
+    rows.rows(x, weights, thresholds, biases, config, flags=flags, out=out)
+    return out
 
 
 def gated_mlp(

@@ -37,6 +37,8 @@ struct Arguments {
   const element* x;         // (tokens, inputs)
   const element* norm;      // RMSNorm's weight, or null
   const element* residual;  // (tokens, outputs), added to the first projection's output, or null
+  const unsigned char* flags;  // (tokens,): 0 where a token's channels are all live; or null
+  long long pitch;  // elements from token to token of the outputs; 0: of each projection its outputs
   float epsilon;
   int inputs, tokens, count, activation, capacity, slots;  // slots: their place in shared memory
 };
@@ -284,6 +286,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const int chunk = thread + THREADS * held;
     if (chunk < mine) read_x(x[held], a, (least + EVERY * chunk) * WIDTH);
   }
+  bool masked[TOKENS];
+#pragma unroll
+  for (int token = 0; token < TOKENS; ++token)
+    masked[token] = !a.flags || (token < a.tokens && a.flags[token]);
   const int outputs = a.projections[GATED ? 0 : which].outputs;
   Added added;
   {
@@ -341,7 +347,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           u32 bits = 0;
 #pragma unroll
           for (int i = 0; i < WIDTH; ++i)  // written so that NaN is kept
-            bits |= u32(!(fabsf(now[i]) < gate[held].thresholds[list][i])) << i;
+            bits |= u32(!(masked[token] && fabsf(now[i]) < gate[held].thresholds[list][i])) << i;
           live[held][list][token] = token < a.tokens ? bits : 0;
           either[held][list] |= live[held][list][token];
         }
@@ -475,7 +481,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       for (int r = 0; r < CLUSTER; ++r) sum += parts[r][list][token][i % SHARE];
       found[list] = rounded(sum + to_float(added.bias[list]));
     }
-    const long long place = static_cast<long long>(token) * outputs + output;
+    const long long place = token * (a.pitch ? a.pitch : outputs) + output;
 #if GATED
     a.projections[0].out[place] =
         to_element(rounded(activate(found[0], a.activation)) * found[LISTS - 1]);

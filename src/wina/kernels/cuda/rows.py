@@ -73,6 +73,8 @@ class _Arguments(ctypes.Structure):
         ("x", ctypes.c_void_p),
         ("norm", ctypes.c_void_p),
         ("residual", ctypes.c_void_p),
+        ("flags", ctypes.c_void_p),
+        ("pitch", ctypes.c_longlong),
         ("epsilon", ctypes.c_float),
         ("inputs", ctypes.c_int),
         ("tokens", ctypes.c_int),
@@ -163,6 +165,8 @@ def rows(
     norm: Tensor | None = None,
     epsilon: float = 0.0,
     residual: Tensor | None = None,
+    flags: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> list[Tensor]:
     """Return W drop(x) + b of each projection; ``fits`` must hold.
 
@@ -176,6 +180,8 @@ def rows(
         norm: the weight of an RMSNorm that x goes through first, shape (inputs,).
         epsilon: of the norm.
         residual: added to the first projection's result, that result's shape.
+        flags: False for tokens whose channels are all kept, shape (tokens,), bool.
+        out: holds the results then, side by side, shape (..., all outputs).
     """
     x = x.contiguous()
     inputs, size = x.shape[-1], x.element_size()
@@ -195,6 +201,8 @@ def rows(
         x=x.data_ptr(),
         norm=None if norm is None else norm.data_ptr(),
         residual=None if residual is None else residual.data_ptr(),
+        flags=None if flags is None else flags.data_ptr(),
+        pitch=0 if out is None else out.shape[-1],
         epsilon=epsilon,
         inputs=inputs,
         tokens=tokens,
@@ -203,7 +211,10 @@ def rows(
         capacity=-(-(inputs // width) // config.cluster) * width,
         slots=lists,
     )
-    results, tiles = [], 0
+    results: list[Tensor] = []
+    widths = [weight.shape[0] for weight in weights]
+    held = None if out is None else torch.split(out, widths, -1)
+    tiles = 0
     for place, (weight, vector, bias) in enumerate(zip(weights, thresholds, biases, strict=True)):
         projection = arguments.projections[place]
         projection.weight, projection.thresholds = weight.data_ptr(), vector.data_ptr()
@@ -211,7 +222,8 @@ def rows(
         projection.stride, projection.outputs = weight.stride(1), weight.shape[0]
         projection.tiles = -(-weight.shape[0] // columns)
         if activation is None or place == 0:
-            results.append(x.new_empty((*x.shape[:-1], weight.shape[0])))
+            fresh = x.new_empty((*x.shape[:-1], weight.shape[0])) if held is None else held[place]
+            results.append(fresh)
             projection.out = results[-1].data_ptr()
             tiles += projection.tiles
     shared = shared_bytes(config, inputs, gated, compiled_for, size)
