@@ -72,6 +72,18 @@ def test_a_benchmark_reports_what_it_measured(model: PreTrainedModel) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_weights_are_prepacked_only_where_onednn_has_the_dtype(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_module._packs(torch.float32)
+    monkeypatch.setattr(run_module, "_packs", lambda dtype: False)
+    settings = replace(SMALL, baselines=("prepacked",), compare_tokens=0)
+    report = bench(
+        model, lambda target: make_plan(model, target), settings, name="tiny", method="wina"
+    )
+    assert report.baselines[0].note == "oneDNN has no float32 on this processor"
+
+
 def test_touched_bytes_are_those_of_live_channels(model: PreTrainedModel) -> None:
     dense = _weight_bytes(model)
     embedding = model.get_input_embeddings().weight

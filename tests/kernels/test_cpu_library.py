@@ -123,17 +123,20 @@ def test_pieces_of_an_arena_are_separate_tensors() -> None:
 
 
 @compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [9, 13, 300])
 @pytest.mark.parametrize(("outputs", "inputs"), [(33, 1), (31, 7), (100, 300), (2085, 61)])
-def test_the_blocked_product_agrees(outputs: int, inputs: int, rows: int) -> None:
+def test_the_blocked_product_agrees(
+    outputs: int, inputs: int, rows: int, dtype: torch.dtype
+) -> None:
     from wina.kernels import dense_linear
 
     generator = torch.Generator().manual_seed(rows + inputs)
-    x = torch.randn(2, rows, inputs, generator=generator).bfloat16()[:, : rows // 2 + 1]
-    weight = torch.randn(outputs, inputs, generator=generator).bfloat16()
+    x = torch.randn(2, rows, inputs, generator=generator).to(dtype)[:, : rows // 2 + 1]
+    weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
     try:
-        cpu.set_crossover(torch.bfloat16, inputs, outputs, 0)
-        for bias in (None, torch.randn(outputs, generator=generator).bfloat16()):
+        cpu.set_crossover(dtype, inputs, outputs, 0)
+        for bias in (None, torch.randn(outputs, generator=generator).to(dtype)):
             found = dense_linear(x, cpu.input_major(weight), bias)
             wanted = torch.nn.functional.linear(
                 x.double(), weight.double(), None if bias is None else bias.double()
@@ -141,7 +144,7 @@ def test_the_blocked_product_agrees(outputs: int, inputs: int, rows: int) -> Non
             near = 0.01 * inputs**0.5
             torch.testing.assert_close(found.double(), wanted, rtol=0.01, atol=near)
     finally:
-        cpu.set_crossover(torch.bfloat16, inputs, outputs, 8)
+        cpu.set_crossover(dtype, inputs, outputs, 8)
 
 
 @compiled

@@ -235,6 +235,8 @@ def _cannot(
         return "on the CPU only"
     if baseline == "tinygemm":
         return "of quantized weights only" if bits is None else tinygemm.unavailable(model)
+    if baseline == "prepacked" and not _packs(model.dtype):
+        return f"oneDNN has no {str(model.dtype).removeprefix('torch.')} on this processor"
     if baseline.startswith("llama.cpp"):
         if settings.batch > 1:
             return "at batch 1 only"
@@ -245,6 +247,15 @@ def _cannot(
     if needs_prompt and settings.context > LONGEST_PROMPT:
         return f"at contexts up to {LONGEST_PROMPT} only, which it must compute"
     return None
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Return whether oneDNN computes in a dtype here; without it torch is many times slower."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return True
 
 
 def _baseline(

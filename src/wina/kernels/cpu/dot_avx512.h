@@ -293,9 +293,9 @@ WINA_TARGET static void multiply_tokens(const Brain* x, int64_t tokens, const Br
   }
 }
 
-WINA_TARGET static void multiply(const Projection& p, const void* x, int64_t x_stride,
-                                 int64_t tokens, int64_t begin, int64_t end, float* sums,
-                                 void* panel) {
+WINA_TARGET static void multiply_pairs(const Projection& p, const void* x, int64_t x_stride,
+                                       int64_t tokens, int64_t begin, int64_t end, float* sums,
+                                       void* panel) {
   const Brain* from = static_cast<const Brain*>(x);
   const Brain* weight = static_cast<const Brain*>(p.weight);
   const Brain* bias = static_cast<const Brain*>(p.bias);

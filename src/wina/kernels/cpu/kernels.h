@@ -85,10 +85,10 @@ struct Kernels {
   int64_t (*largest)(Dtype, const void* values, int64_t n);
   // y = residual + y in the dtype, n values.
   void (*add)(Dtype, void* y, const void* residual, int64_t n);
-  // y[:, begin:end] = x (tokens, in; rows x_stride apart, in even) W + b in bfloat16, for up
-  // to product_tokens tokens; null where the instruction set has no such kernel. `sums` has room for tokens *
-  // panel_sums floats, `panel` for panel_bytes.
-  void (*multiply)(const Projection&, const void* x, int64_t x_stride, int64_t tokens,
+  // y[:, begin:end] = x (tokens, in; rows x_stride apart) W + b in 16 bits, for up to
+  // product_tokens tokens; a row of x is followed by a 0 if `in` is odd. Null where the instruction
+  // set has no such kernel. `sums` has room for tokens * panel_sums floats, `panel` for panel_bytes.
+  void (*multiply)(Dtype, const Projection&, const void* x, int64_t x_stride, int64_t tokens,
                    int64_t begin, int64_t end, float* sums, void* panel);
   // Read n bytes and do nothing with them: the bandwidth probe.
   uint32_t (*stream)(const void* data, int64_t n);

@@ -61,6 +61,64 @@ WINA_INLINE void store_part(S* to, Pair value, int64_t n) {
 // Between the sums of two tokens, so that they do not compete for one set of the cache.
 constexpr int64_t sums_gap = 80;
 
+// Columns are taken a line of the cache at a time where the registers hold the sums of that many,
+// and tokens in groups whose sums they hold.
+template <class S, int tokens>
+struct Step {
+  static constexpr int line = 64 / int(block * sizeof(S));
+  static constexpr int room = registers / (4 * tokens);
+  static constexpr int blocks = room < 1 || line < 1 ? 1 : room < line ? room : line;
+  static constexpr int group = room < 1 ? registers / 4 : tokens;
+};
+
+// Add rows to the sums of `blocks` blocks of columns from c on; `columns` is read if the (one)
+// block is incomplete. The same lines of the rows in `next` are fetched meanwhile.
+template <class S, int tokens, int rows, int blocks, bool whole>
+WINA_INLINE void add_blocks(const S* const* row, const S* const* next, const float* x,
+                            int64_t x_stride, int64_t c, int64_t columns, float* sums,
+                            int64_t sums_stride) {
+  constexpr int group = Step<S, tokens>::group;
+  const bool fetch = whole && (blocks * block * sizeof(S) >= 64 || c * sizeof(S) % 64 == 0);
+#pragma GCC unroll 8
+  for (int g = 0; g < tokens; g += group) {
+    Pair a[group][blocks];
+#pragma GCC unroll 8
+    for (int t = 0; t < group; ++t)
+#pragma GCC unroll 4
+      for (int i = 0; i < blocks; ++i) {
+        const float* sum = sums + (g + t) * sums_stride + c + i * block;
+        a[t][i] = {read<Floats>(sum), read<Floats>(sum + lanes)};
+      }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+      Pair w[blocks];
+#pragma GCC unroll 4
+      for (int i = 0; i < blocks; ++i)
+        w[i] = whole ? load(row[r] + c + i * block) : load_part(row[r] + c, columns - c);
+      if (g == 0 && fetch)
+        for (int64_t byte = 0; byte < int64_t(blocks * block * sizeof(S)); byte += 64)
+          __builtin_prefetch(reinterpret_cast<const char*>(next[r] + c) + byte, 0, 2);
+#pragma GCC unroll 8
+      for (int t = 0; t < group; ++t) {
+        const float value = x[(g + t) * x_stride + r];
+#pragma GCC unroll 4
+        for (int i = 0; i < blocks; ++i) {
+          a[t][i].a += value * w[i].a;
+          a[t][i].b += value * w[i].b;
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < group; ++t)
+#pragma GCC unroll 4
+      for (int i = 0; i < blocks; ++i) {
+        float* sum = sums + (g + t) * sums_stride + c + i * block;
+        write(sum, a[t][i].a);
+        write(sum + lanes, a[t][i].b);
+      }
+  }
+}
+
 // Add `rows` live rows, from number k on, to the sums of `columns` outputs from `begin` on. Rows
 // that follow are fetched meanwhile: a live row is short, and a hardware prefetcher needs some
 // lines of it before it starts. `whole` is false for a last, incomplete block.
@@ -76,31 +134,15 @@ WINA_INLINE void add_rows(const Projection& p, const Live& live, int64_t k, int6
     int64_t after = k + r + ahead < live.count ? k + r + ahead : k + r;
     next[r] = weight + live.index[after] * p.row;
   }
-  for (int64_t c = 0; c < columns; c += block) {
-    Floats a[tokens], b[tokens];
-    for (int t = 0; t < tokens; ++t) {
-      a[t] = read<Floats>(sums + t * sums_stride + c);
-      b[t] = read<Floats>(sums + t * sums_stride + c + lanes);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) {
-      Pair w = whole ? load(row[r] + c) : load_part(row[r] + c, columns - c);
-      if (whole) {
-        for (int64_t byte = 0; byte < int64_t(block * sizeof(S)); byte += 64)
-          __builtin_prefetch(reinterpret_cast<const char*>(next[r] + c) + byte, 0, 2);
-      }
-#pragma GCC unroll 16
-      for (int t = 0; t < tokens; ++t) {
-        float x = live.values[t * live.stride + k + r];
-        a[t] += x * w.a;
-        b[t] += x * w.b;
-      }
-    }
-    for (int t = 0; t < tokens; ++t) {
-      write(sums + t * sums_stride + c, a[t]);
-      write(sums + t * sums_stride + c + lanes, b[t]);
-    }
-  }
+  constexpr int blocks = whole ? Step<S, tokens>::blocks : 1;
+  const float* x = live.values + k;
+  int64_t c = 0;
+  for (; c + blocks * block <= columns; c += blocks * block)
+    add_blocks<S, tokens, rows, blocks, whole>(row, next, x, live.stride, c, columns, sums,
+                                               sums_stride);
+  for (; c < columns; c += block)
+    add_blocks<S, tokens, rows, 1, whole>(row, next, x, live.stride, c, columns, sums,
+                                          sums_stride);
 }
 
 template <class S, int tokens, bool whole>
@@ -347,6 +389,25 @@ WINA_TARGET static void compact(const float* wide, int real, int64_t in, const f
   for (int t = real; t < live->tokens; ++t)
     std::memset(live->values + t * live->stride, 0, count * sizeof(float));
 }
+
+// --- many tokens ---
+
+#if WINA_LANES >= 8
+#include "product.h"
+
+WINA_TARGET static void multiply(Dtype dtype, const Projection& p, const void* x, int64_t x_stride,
+                                 int64_t tokens, int64_t begin, int64_t end, float* sums,
+                                 void* room) {
+#ifdef WINA_DOT
+  if (dtype == Dtype::bf16) return multiply_pairs(p, x, x_stride, tokens, begin, end, sums, room);
+#endif
+  if (dtype == Dtype::bf16) multiply_wide<Brain>(p, x, x_stride, tokens, begin, end, sums, room);
+  else multiply_wide<Half>(p, x, x_stride, tokens, begin, end, sums, room);
+}
+#define WINA_MULTIPLY WINA_SPACE::multiply
+#else
+#define WINA_MULTIPLY nullptr
+#endif
 
 // --- dot products with whole rows ---
 
@@ -762,11 +823,6 @@ WINA_TARGET static uint32_t stream(const void* data, int64_t n) {
 
 namespace wina {
 
-#ifdef WINA_DOT
-#define WINA_MULTIPLY WINA_SPACE::multiply
-#else
-#define WINA_MULTIPLY nullptr
-#endif
 #define WINA_TEXT_(name) #name
 #define WINA_TEXT(name) WINA_TEXT_(name)
 extern const Kernels WINA_ISA{WINA_TEXT(WINA_ISA),  WINA_SPACE::widen,    WINA_SPACE::compact,

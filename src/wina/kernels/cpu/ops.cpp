@@ -196,8 +196,10 @@ static Tensor dense_rows(const Tensor& x, const Tensor& weight, const Tensor* bi
 
 // Whether wina's own blocked product beats torch's, which repacks an input-major weight each time.
 static bool multiplies(const Tensor& x, const Tensor& weight) {
-  return own_product && kernels->multiply != nullptr && dtype_of(x) == Dtype::bf16 &&
-         rows_of(x) > 1 && weight.dim() == 2 && is_input_major(weight) && weight.size(1) > 0;
+  const Dtype dtype = dtype_of(x);
+  return own_product && kernels->multiply != nullptr &&
+         (dtype == Dtype::bf16 || dtype == Dtype::f16) && rows_of(x) > 1 && weight.dim() == 2 &&
+         is_input_major(weight) && weight.size(1) > 0;
 }
 
 static Tensor product(Tensor x, const Tensor& weight, const Tensor* bias) {
@@ -224,7 +226,7 @@ static Tensor product(Tensor x, const Tensor& weight, const Tensor* bias) {
     for (int64_t t = 0; t < tokens; t += most) {
       const int64_t some = std::min(most, tokens - t);
       Projection p = projection(weight, bias, static_cast<uint16_t*>(result.data()) + t * out);
-      kernels->multiply(p, from + t * row, row, some, first, last,
+      kernels->multiply(dtype_of(x), p, from + t * row, row, some, first, last,
                         sums.get<float>(some * panel_sums), panel.get<char>(panel_bytes));
     }
   });

@@ -18,6 +18,7 @@ namespace wina::WINA_SPACE {
 
 constexpr int lanes = WINA_LANES;
 constexpr int block = 2 * lanes;
+constexpr int registers = WINA_LANES == 16 ? 32 : 16;
 typedef float Floats __attribute__((vector_size(4 * WINA_LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * WINA_LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * WINA_LANES)));
