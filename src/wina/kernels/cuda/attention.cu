@@ -111,11 +111,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, QUERIES <= 4 ? 2 : 1)
   const int head = blockIdx.x / CLUSTER % a.heads, row = blockIdx.x / CLUSTER / a.heads;
   const int slot = thread / PARTS, offset = thread % PARTS * WIDTH;
   const int begin = rank * SLOTS + slot;
-#if NOFETCH
-  constexpr bool asks = false;
-#else
   const bool asks = offset * sizeof(element) % 128 == 0;  // for a position's 128 bytes
-#endif
   element* keys = a.key + row * a.key_batch + head * a.key_head + offset;
   element* values = a.value + row * a.value_batch + head * a.value_head + offset;
   const u8* mask = a.mask + row * a.mask_batch;
