@@ -62,7 +62,8 @@ class Decoder:
             capacity: positions that must fit.
             batch: rows that are decoded together.
             mode: auto is compiled on CUDA and eager elsewhere: on a CPU compiling takes half a
-                minute and more, which only long texts earn back.
+                minute and more, which only long texts earn back. A decoder that was asked to be
+                eager is not captured in a CUDA graph either: each step runs what the model runs.
             sampling: how tokens are drawn; None is greedy.
 
         Raises:
@@ -77,6 +78,7 @@ class Decoder:
         self.batch = batch
         self.capacity = -(-capacity // ROUND) * ROUND
         on_gpu = device.type == "cuda"
+        self._captures = on_gpu and mode != "eager"
         self.mode: Mode = mode if mode != "auto" else "compiled" if on_gpu else "eager"
         self.sampling = sampling or Sampling()
         self.token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
@@ -132,7 +134,7 @@ class Decoder:
         if self._graph is not None:
             self._graph.replay()
             return
-        if self.model.device.type == "cuda" and self._static and self._steps == 2:
+        if self._captures and self._static and self._steps == 2:
             self._capture()
             if self._graph is not None:
                 self._graph.replay()

@@ -30,13 +30,14 @@ def attend(module: GraphModule, fits: Callable[..., bool] = attends) -> None:
     """
     graph = module.graph
     order = {node: place for place, node in enumerate(graph.nodes)}
-    lengths, turns = [], dict[Any, Any]()
+    lengths, shared = [], dict[Any, Any]()  # shared: what all layers read, made once
     for node in list(graph.nodes):
         members: set[Any] = set()
         arguments = _arguments(node, members, order)
         if arguments is None or not fits(*_values(arguments)):
             continue
-        arguments[3:5] = _kept(arguments[3], arguments[4], turns)
+        arguments[3:5] = _kept(arguments[3], arguments[4], shared)
+        arguments[8] = _copied(arguments[8], shared)
         with graph.inserting_before(node):
             call = graph.call_function(OPS.attention_step, tuple(arguments))
         call.meta = dict(node.meta)
@@ -62,6 +63,14 @@ def _kept(cos: Any, sin: Any, known: dict[Any, Any]) -> list[Any]:
                 ::-1
             ]
     return list(known[cos, sin])
+
+
+def _copied(mask: Any, known: dict[Any, Any]) -> Any:
+    """Return the mask, made once for all layers."""
+    if mask not in known:
+        with mask.graph.inserting_after(mask):
+            known[mask] = mask.graph.call_function(OPS.kept, (mask,))
+    return known[mask]
 
 
 def _values(arguments: list[Any]) -> tuple[Any, ...]:

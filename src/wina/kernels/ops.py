@@ -48,6 +48,7 @@ SCHEMAS = {
         "Tensor(a!) key, Tensor(b!) value, Tensor length, Tensor mask, float scale) -> Tensor"
     ),
     "both": "(Tensor cos, Tensor sin) -> Tensor",
+    "kept": "(Tensor x) -> Tensor",
     "most_likely": "(Tensor logits) -> Tensor",
 }
 # What only the CPU library computes: a row of decoder blocks, made known under a number
@@ -313,6 +314,10 @@ def _both(cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((cos, sin))
 
 
+def _kept(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def _most_likely(logits: Tensor) -> Tensor:
     return logits.argmax(-1)
 
@@ -337,7 +342,9 @@ def _define() -> None:
         "drop_each": (_drop_each, _fake_drop_each),
         "decode_attention": (reference.decode_attention, _fake_attention),
         "attention_step": (_attention_step, _fake_step),
-        "both": (_both, _both),  # an operator's result is computed once, whatever reads it
+        # An operator's result is computed once by the compiler, whatever reads it.
+        "both": (_both, _both),
+        "kept": (_kept, _kept),
         "most_likely": (_most_likely, _fake_most_likely),
     }
     for name, (implementation, fake) in implementations.items():

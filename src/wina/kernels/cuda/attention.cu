@@ -111,6 +111,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, QUERIES <= 4 ? 2 : 1)
   const int head = blockIdx.x / CLUSTER % a.heads, row = blockIdx.x / CLUSTER / a.heads;
   const int slot = thread / PARTS, offset = thread % PARTS * WIDTH;
   const int begin = rank * SLOTS + slot;
+  const bool asks = offset * sizeof(element) % 128 == 0;  // for a position's 128 bytes
   element* keys = a.key + row * a.key_batch + head * a.key_head + offset;
   element* values = a.value + row * a.value_batch + head * a.value_head + offset;
   const u8* mask = a.mask + row * a.mask_batch;
@@ -123,9 +124,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, QUERIES <= 4 ? 2 : 1)
 #pragma unroll
   for (int u = 0; u < UNROLL; ++u) {
     const long long position = begin + u * STEP;
-    if (offset == 0 && position < about && position < a.positions) {
-      fetch(keys + position * a.key_position, SIZE * sizeof(element));
-      fetch(values + position * a.value_position, SIZE * sizeof(element));
+    if (asks && position < about && position < a.positions) {
+      fetch(keys + position * a.key_position);
+      fetch(values + position * a.value_position);
     }
   }
 #endif
@@ -197,9 +198,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, QUERIES <= 4 ? 2 : 1)
       any |= now[u];
       next[u] = later[u];
       later[u] = other < bound ? load_flag(mask + other) : 0;
-      if (offset == 0 && next[u] && soon < bound) {
-        fetch(keys + soon * a.key_position, SIZE * sizeof(element));
-        fetch(values + soon * a.value_position, SIZE * sizeof(element));
+      if (asks && next[u] && soon < bound) {
+        fetch(keys + soon * a.key_position);
+        fetch(values + soon * a.value_position);
       }
     }
     // The first keys are read together with their mask, not after it.

@@ -174,15 +174,10 @@ __device__ __forceinline__ long long peek(const long long* address) {
   return value;
 }
 
-// Towards the second-level cache, multiples of 16 bytes. It takes nothing from there, so it may stand
-// before wait_for_inputs.
-__device__ __forceinline__ void fetch(const void* address, u32 bytes) {
-#if LINES
-  for (u32 i = 0; i < bytes; i += 128)
-    asm volatile("prefetch.global.L2 [%0];" : : "l"(static_cast<const char*>(address) + i));
-  return;
-#endif
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" : : "l"(address), "r"(bytes) : "memory");
+// The 128 bytes around an address towards the second-level cache. It takes nothing from there, so it
+// may stand before wait_for_inputs. (The copy engine's prefetch of a whole row was slower than none.)
+__device__ __forceinline__ void fetch(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" : : "l"(address));
 }
 
 // Programmatic dependent launch: this kernel may start before the one before it has ended.

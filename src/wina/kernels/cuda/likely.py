@@ -12,7 +12,7 @@ from wina.kernels.cuda.compile import kernel, mapping
 from wina.kernels.cuda.rows import ELEMENTS
 
 THREADS = 512
-CLUSTER = 8
+CLUSTER = 16
 
 
 class _Arguments(ctypes.Structure):

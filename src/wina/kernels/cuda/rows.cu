@@ -100,9 +100,10 @@ __device__ __forceinline__ void fetch_rows(const Projection& p, int tile, int ch
   const int width = p.outputs - column < COLUMNS ? p.outputs - column : COLUMNS;
 #pragma unroll
   for (int i = 0; i < WIDTH; ++i)
-    if (live >> i & 1)
-      fetch(p.weight + (static_cast<long long>(chunk) * WIDTH + i) * p.stride + column,
-            width * sizeof(element));
+    if (live >> i & 1) {
+      const element* row = p.weight + (static_cast<long long>(chunk) * WIDTH + i) * p.stride + column;
+      for (int place = 0; place < width; place += 128 / sizeof(element)) fetch(row + place);
+    }
 }
 
 struct Gate {
@@ -271,13 +272,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     if (chunk < mine) read_gate(gate[held], a, which, least + EVERY * chunk);
   }
   const u64 policy = stream_policy();
-#if SPEC
-  if (thread < SPEC && thread < mine) {
-#pragma unroll
-    for (int list = 0; list < LISTS; ++list)
-      fetch_rows(a.projections[GATED ? list : which], tile, least + EVERY * thread, 0xff);
-  }
-#endif
   wait_for_inputs();
 
   Vector x[HELD][TOKENS];

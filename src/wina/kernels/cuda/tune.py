@@ -237,6 +237,7 @@ def streams(config: rows.Config, shape: Shape, tokens: int, size: int) -> list[r
     if config.cluster > 1 and rows.gates_whole(config, shape.inputs, tokens, size):
         found += [replace(one, whole=1) for one in found]
     found.append(replace(config, prefetch=128))
+    found += [replace(config, ahead=threads) for threads in (32, 64)]
     if config.blocks > 1:
         found.append(replace(config, blocks=config.blocks // 2))
     return [one for one in found if _fits(one, shape, tokens, size)]
