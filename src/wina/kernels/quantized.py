@@ -133,8 +133,13 @@ def pack(
         nibbles = (words + 8).to(torch.uint8).reshape(width, -1, 2)
         ordered = nibbles[..., 0] | nibbles[..., 1] << 4
     if ordered.device.type == "cpu":
-        ordered = (arena or Arena(chunk=0)).empty(ordered.shape, ordered.dtype).copy_(ordered)
-    stored = ordered.contiguous()
+        # Rows a power of two apart would compete for a few sets of the caches.
+        row = ordered.shape[1]
+        apart = row + (BLOCK_BYTES if row % 1024 == 0 else 0)
+        room = (arena or Arena(chunk=0)).empty((width, apart), ordered.dtype)
+        stored = room[:, :row].copy_(ordered)
+    else:
+        stored = ordered.contiguous()
     none = scales.new_empty(0) if zeros is None else zeros.t().contiguous()
     return QuantizedWeight(stored, scales.t().contiguous(), none)
 

@@ -21,9 +21,9 @@ static QuantizedProjection quantized_projection(const std::vector<Tensor>& weigh
   const Tensor &codes = weights[3 * i], &scales = weights[3 * i + 1], &zeros = weights[3 * i + 2];
   const bool bytes = codes.dtype() == torch.aoti_torch_dtype_int8();
   check(bytes || codes.dtype() == torch.aoti_torch_dtype_uint8(), "codes must be int8 or uint8");
-  check(codes.dim() == 2 && scales.dim() == 2 && codes.is_contiguous() && scales.is_contiguous() &&
-            zeros.is_contiguous(),
-        "codes, scales and zeros must be contiguous matrices");
+  check(codes.dim() == 2 && scales.dim() == 2 && (codes.size(1) < 2 || codes.stride(1) == 1) &&
+            scales.is_contiguous() && zeros.is_contiguous(),
+        "scales and zeros must be contiguous matrices, and rows of codes contiguous");
   const int bits = bytes ? 8 : 4;
   const int64_t out = scales.size(1), groups = scales.size(0);
   const int64_t columns = block_outputs(bits);
@@ -41,7 +41,7 @@ static QuantizedProjection quantized_projection(const std::vector<Tensor>& weigh
     check(points || bits == 4, "codes of 8 bits have zero points, not minima");
     kind = points ? Zeros::points : Zeros::minima;
   }
-  return {static_cast<const uint8_t*>(codes.data()), codes.size(1), bits, scales.data(), dtype,
+  return {static_cast<const uint8_t*>(codes.data()), codes.stride(0), bits, scales.data(), dtype,
           zeros.data(), kind, in, out, groups};
 }
 
