@@ -178,14 +178,15 @@ def test_a_rule_gives_every_shape_a_configuration(gated: bool) -> None:
         assert config.lanes in module.LANES
 
 
-def test_what_is_shipped_fits_a_multiprocessor() -> None:
-    for entries in module.shipped().values():
-        for key, config in entries.items():
-            inputs, gated = int(key.split("->")[0].split()[-1]), key.startswith("gated")
-            needed = module.shared_bytes(config, inputs, gated, 128, int(key[-1]))
-            assert needed * config.blocks <= 220 << 10, key
-            assert config.threads % 32 == 0
-            assert config.threads * config.blocks <= 1024
+def test_the_rule_gives_what_sweeps_found() -> None:
+    def found(inputs: int, outputs: tuple[int, ...], bits: int, gated: bool = False) -> Config:
+        return config_for(inputs, [out * bits // 128 for out in outputs], gated, 132)
+
+    qkv = (4096, 1024, 1024)
+    assert found(4096, (14336, 14336), 4, gated=True) == Config(16, 16, 3, 8, 2)
+    assert found(14336, (4096,), 4) == found(4096, qkv, 4) == Config(8, 32, 3, 8, 2)
+    assert found(4096, (14336, 14336), 8, gated=True) == Config(32, 8, 3, 8, 2)
+    assert found(14336, (4096,), 8) == found(4096, qkv, 8) == Config(16, 16, 3, 8, 2)
 
 
 @pytest.mark.parametrize("gated", [0, 1])
