@@ -47,7 +47,28 @@ static unsigned __ballot_sync(unsigned, bool value) {
   return __reduce_add_sync(0, value ? 1u << threadIdx.x % 32 : 0);
 }
 static int __ffs(unsigned x) { return __builtin_ffs(x); }
-static int max(int a, int b) { return a > b ? a : b; }
+template <class T>
+static T max(T a, T b) { return a > b ? a : b; }
+template <class T>
+static T add_of(unsigned members, T value) {
+  T sum = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    const T other = emulation::exchange(value, lane);
+    if (members >> lane & 1) sum += other;
+  }
+  return sum;
+}
+static unsigned max_of(unsigned members, unsigned value) {
+  unsigned most = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    const unsigned other = emulation::exchange(value, lane);
+    if (members >> lane & 1) most = max(most, other);
+  }
+  return most;
+}
+#define __reduce_add_sync add_of
+#define __reduce_max_sync max_of
+static float __fdividef(float a, float b) { return a / b; }
 static int min(int a, int b) { return a < b ? a : b; }
 """
 

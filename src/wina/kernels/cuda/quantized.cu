@@ -40,7 +40,7 @@ struct Projection {
   const element* bias;  // or null
   element* out;         // (tokens, outputs)
   int row;              // bytes
-  int outputs, tiles, group;
+  int outputs, tiles, shift;  // shift: of a segment's number to its group's
 };
 
 struct Arguments {
@@ -75,14 +75,13 @@ __device__ __forceinline__ float scale_of(scale_type bits) {
 // Four scales (or minima) that lie together, as they are.
 #if SCALE == 0
 typedef float4 Quad;
-__device__ __forceinline__ void scales_of(const Quad& quad, float (&to)[4]) {
-  to[0] = quad.x, to[1] = quad.y, to[2] = quad.z, to[3] = quad.w;
+__device__ __forceinline__ float scale_at(const Quad& quad, int k) {
+  return k == 0 ? quad.x : k == 1 ? quad.y : k == 2 ? quad.z : quad.w;
 }
 #else
 typedef uint2 Quad;
-__device__ __forceinline__ void scales_of(const Quad& quad, float (&to)[4]) {
-  to[0] = scale_of(static_cast<u16>(quad.x & 0xffffu)), to[1] = scale_of(quad.x >> 16);
-  to[2] = scale_of(static_cast<u16>(quad.y & 0xffffu)), to[3] = scale_of(quad.y >> 16);
+__device__ __forceinline__ float scale_at(const Quad& quad, int k) {
+  return scale_of(static_cast<u16>((k < 2 ? quad.x : quad.y) >> k % 2 * 16));
 }
 #endif
 
@@ -117,29 +116,27 @@ __device__ __forceinline__ constexpr int place_of(int i, int h, int k) {
 }
 
 // Sums of the teams of a warp, exchanged: a thread keeps those of QUADS times four of its piece's
-// outputs, added over all teams. Teams 1 and 3 keep h = 1, teams 2 and 3 the odd i.
-__device__ __forceinline__ void exchange(const int (&sums)[PIECE], int team, int (&to)[QUADS][4]) {
+// outputs, of each the k-th here, added over all teams. Teams 1 and 3 keep h = 1, teams 2 and 3 the odd i.
+__device__ __forceinline__ void exchange(const int (&sums)[PIECE], int team, int k,
+                                         int (&to)[QUADS]) {
   constexpr int EACH = 16 / BITS;
+  int half[EACH];
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    int half[EACH];
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-      const int low = sums[place_of(i, 0, k)], high = sums[place_of(i, 1, k)];
-      if constexpr (LANES == 32) {
-        to[2 * i][k] = low, to[2 * i + 1][k] = high;
-      } else {
-        const int mine = team & 1 ? high : low, theirs = team & 1 ? low : high;
-        half[i] = mine + __shfl_xor_sync(0xffffffffu, theirs, LANES);
-        if constexpr (LANES == 16) to[i][k] = half[i];
-      }
+  for (int i = 0; i < EACH; ++i) {
+    const int low = sums[place_of(i, 0, k)], high = sums[place_of(i, 1, k)];
+    if constexpr (LANES == 32) {
+      to[2 * i] = low, to[2 * i + 1] = high;
+    } else {
+      const int mine = team & 1 ? high : low, theirs = team & 1 ? low : high;
+      half[i] = mine + __shfl_xor_sync(0xffffffffu, theirs, LANES);
+      if constexpr (LANES == 16) to[i] = half[i];
     }
-    if constexpr (LANES == 8) {
+  }
+  if constexpr (LANES == 8) {
 #pragma unroll
-      for (int i = 0; i < EACH; i += 2) {
-        const int mine = team & 2 ? half[i + 1] : half[i], theirs = team & 2 ? half[i] : half[i + 1];
-        to[i / 2][k] = mine + __shfl_xor_sync(0xffffffffu, theirs, 2 * LANES);
-      }
+    for (int i = 0; i < EACH; i += 2) {
+      const int mine = team & 2 ? half[i + 1] : half[i], theirs = team & 2 ? half[i] : half[i + 1];
+      to[i / 2] = mine + __shfl_xor_sync(0xffffffffu, theirs, 2 * LANES);
     }
   }
 }
@@ -170,6 +167,7 @@ __device__ __forceinline__ Cursor cursor_at(int target, const int* rounds, int s
                                             const u32* entries) {
   const int lane = threadIdx.x % 32;
   int before = 0, first = 0;
+#pragma unroll 1
   for (;; first += 32) {
     const int own = first + lane < segments ? rounds[first + lane] : 0;
     int sum = own;
@@ -269,10 +267,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   {  // Scales are read whatever lives, almost: into the second-level cache, while x is not there yet.
     constexpr int LINES = (COLUMNS * sizeof(scale_type) + 127) / 128;
     constexpr int MORE = ZEROS == 2 ? LINES : ZEROS == 1 ? (COLUMNS + 127) / 128 : 0;
-    const int per = a.projections[0].group / SEGMENT, groups = mine ? (begin + mine - 1) / per - begin / per + 1 : 0;
+    const int shift = a.projections[0].shift, least = begin >> shift;
+    const int groups = mine ? (begin + mine - 1 >> shift) - least + 1 : 0;
+#pragma unroll 1
     for (int i = thread; i < LISTS * groups * (LINES + MORE); i += THREADS) {
       const Projection& p = a.projections[GATED ? i % LISTS : which];
-      const int line = i / LISTS % (LINES + MORE), group = begin / per + i / LISTS / (LINES + MORE);
+      const int line = i / LISTS % (LINES + MORE), group = least + i / LISTS / (LINES + MORE);
       const u64 first = static_cast<u64>(group) * outputs + tile * COLUMNS;
       const int column = line < LINES ? line * 128 / sizeof(scale_type)
                                       : (line - LINES) * (ZEROS == 1 ? 128 : 128 / sizeof(scale_type));
@@ -296,6 +296,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   float norm_scale = 1.0f;
 #if NORM
   norm_scale = 0.0f;
+#pragma unroll 2
   for (int chunk = thread; chunk < a.inputs / WIDTH; chunk += THREADS) {
     float now[WIDTH];
     unpack(load_fresh(x + chunk * WIDTH), now);
@@ -315,6 +316,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #endif
 
   // CHUNKS neighbouring threads list a segment; whole warps take part in each turn.
+#pragma unroll 1
   for (int chunk = thread; chunk - lane < mine * CHUNKS; chunk += THREADS) {
     const int segment = chunk / CHUNKS, local = chunk * WIDTH, channel = begin * SEGMENT + local;
     const bool inside = segment < mine;
@@ -334,51 +336,57 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
       for (int i = 0; i < WIDTH; ++i) now[i] = 0.0f;
     }
+u32 live[LISTS], most = 0;
 #pragma unroll
     for (int list = 0; list < LISTS; ++list) {
-      u32 live = 0;
-      float most = 0.0f;
-      if (inside) {
-#pragma unroll
-        for (int i = 0; i < WIDTH; ++i) {
-          const float size = fabsf(now[i]);
-          // Written so that NaN is kept; a zero adds nothing.
-          const bool keep = !(size < gate.thresholds[list][i]) && size != 0.0f;
-          live |= u32(keep) << i;
-          if (keep) most = size > most || size != size ? size : most;
-        }
-      }
-#pragma unroll
-      for (int step = CHUNKS / 2; step; step /= 2) {
-        const float other = __shfl_xor_sync(0xffffffffu, most, step);
-        most = other > most || other != other ? other : most;
-      }
-      // What is not finite shows in every output: a scale of NaN.
-      const bool finite = most <= 3.4028235e38f;
-      const float scale = !finite ? __uint_as_float(0x7fc00000u)
-                          : most > 5e-34f ? most * (1.0f / 32767) : 1.5e-38f;
-      const float inverse = finite ? 1.0f / scale : 0.0f;
-      int before = __popc(live), sum = 0;
-      const int own = before;
-#pragma unroll
-      for (int step = 1; step < CHUNKS; step *= 2) {
-        const int other = __shfl_up_sync(0xffffffffu, before, step);
-        if (lane % CHUNKS >= step) before += other;
-      }
-      u32* listed = entries + (list * a.capacity + segment) * SEGMENT;
-      int place = before - own;
+      live[list] = 0;
 #pragma unroll
       for (int i = 0; i < WIDTH; ++i) {
-        if (!(live >> i & 1)) continue;
-        const float scaled = finite ? fminf(fmaxf(now[i] * inverse, -32767.0f), 32767.0f) : 0.0f;
-        const int whole = __float2int_rn(scaled);
-        sum += whole;
-        listed[place++] = static_cast<u32>(local + i) | static_cast<u32>(whole) << 16;
+        const float size = fabsf(now[i]);
+        // Written so that NaN is kept; a zero adds nothing.
+        const bool keep = inside && !(size < gate.thresholds[list][i]) && size != 0.0f;
+        live[list] |= u32(keep) << i;
+        // As bits, so that NaN is above all.
+        most = keep ? max(most, __float_as_uint(size)) : most;
       }
+    }
+    const u32 members = (CHUNKS == 32 ? 0xffffffffu : (1u << CHUNKS % 32) - 1) << lane / CHUNKS * CHUNKS;
+    most = __reduce_max_sync(members, most);
+    // What is not finite shows in every output: a scale of NaN.
+    const bool finite = most < 0x7f800000u;
+    const float largest = __uint_as_float(most);
+    const float scale = !finite ? __uint_as_float(0x7fc00000u)
+                        : largest > 5e-34f ? largest * (1.0f / 32767) : 1.5e-38f;
+    const float inverse = finite ? __fdividef(1.0f, scale) : 0.0f;
+    u32 before = __popc(live[0]);  // of both lists, 16 bits each
+    if (LISTS == 2) before |= __popc(live[LISTS - 1]) << 16;
+    const u32 own = before;
 #pragma unroll
-      for (int step = CHUNKS / 2; step; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    for (int step = 1; step < CHUNKS; step *= 2) {
+      const u32 other = __shfl_up_sync(0xffffffffu, before, step);
+      if (lane % CHUNKS >= step) before += other;
+    }
+    int whole[WIDTH];
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) {
+      const float scaled = finite ? fminf(fmaxf(now[i] * inverse, -32767.0f), 32767.0f) : 0.0f;
+      whole[i] = __float2int_rn(scaled);
+    }
+#pragma unroll
+    for (int list = 0; list < LISTS; ++list) {
+      u32* listed = entries + (list * a.capacity + segment) * SEGMENT;
+      int place = (before - own) >> 16 * list & 0xffffu, sum = 0;
+#pragma unroll
+      for (int i = 0; i < WIDTH; ++i) {
+        const bool keep = live[list] >> i & 1;
+        sum += keep ? whole[i] : 0;
+        if (keep) listed[place] = static_cast<u32>(local + i) | static_cast<u32>(whole[i]) << 16;
+        place += keep;
+      }
+      sum = __reduce_add_sync(members, sum);
       if (inside && lane % CHUNKS == CHUNKS - 1) {
-        const int rounds = (before + ROWS - 1) / ROWS;
+        const int rounds = (place + ROWS - 1) / ROWS;
+#pragma unroll 1
         for (; place < rounds * ROWS; ++place) listed[place] = 0;
         segment_scale[list * a.capacity + segment] = scale;
         segment_sum[list * a.capacity + segment] = sum;
@@ -397,6 +405,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
   for (int list = 0; list < LISTS; ++list) {
     u32 rounds = 0;
+#pragma unroll 1
     for (int i = lane; i < mine; i += 32) rounds += segment_rounds[list * a.capacity + i];
     ends[list] = __reduce_add_sync(0xffffffffu, rounds) + (list ? ends[0] : 0);
   }
@@ -440,7 +449,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       Quad minima[QUADS];
 #endif
       const auto read_scales = [&](int segment) {  // long before they are needed
-        const u64 group = static_cast<u64>((begin + segment) * SEGMENT / p.group) * p.outputs;
+        const u64 group = static_cast<u64>(begin + segment >> p.shift) * p.outputs;
 #pragma unroll
         for (int q = 0; q < QUADS; ++q) {
           const int at = tile * COLUMNS + column + offset_of(q, team);
@@ -491,41 +500,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             --now.left;
             continue;
           }
-          int kept[QUADS][4];
-          exchange(sums, team, kept);
-#pragma unroll
-          for (int i = 0; i < PIECE; ++i) sums[i] = 0;
           const float scale = segment_scale[list * a.capacity + now.segment];
           const float x_sum = whole ? scale * segment_sum[list * a.capacity + now.segment] : 0.0f;
 #pragma unroll
-          for (int q = 0; q < QUADS; ++q) {
-            float found[4];
+          for (int k = 0; k < 4; ++k) {
+            int kept[QUADS];
+            exchange(sums, team, k, kept);
 #pragma unroll
-            for (int k = 0; k < 4; ++k) found[k] = scale * kept[q][k];
+            for (int q = 0; q < QUADS; ++q) {
+              float found = scale * kept[q];
 #if BITS == 4 && ZEROS != 2
-#pragma unroll
-            for (int k = 0; k < 4; ++k) found[k] -= 8.0f * x_sum;  // nibbles are stored 8 above
+              found -= 8.0f * x_sum;  // nibbles are stored 8 above
 #endif
 #if ZEROS == 1
-#pragma unroll
-            for (int k = 0; k < 4; ++k)
-              found[k] -= x_sum * static_cast<signed char>(points[q] >> 8 * k & 255u);
+              found -= x_sum * static_cast<signed char>(points[q] >> 8 * k & 255u);
 #endif
 #if ONE
-#pragma unroll
-            for (int k = 0; k < 4; ++k) totals[q][k] += found[k];
+              totals[q][k] += found;
 #else
-            float by[4];
-            scales_of(scales[q], by);
-#pragma unroll
-            for (int k = 0; k < 4; ++k) totals[q][k] = fmaf(by[k], found[k], totals[q][k]);
+              totals[q][k] = fmaf(scale_at(scales[q], k), found, totals[q][k]);
 #endif
 #if ZEROS == 2
-            scales_of(minima[q], by);
-#pragma unroll
-            for (int k = 0; k < 4; ++k) totals[q][k] = fmaf(by[k], x_sum, totals[q][k]);
+              totals[q][k] = fmaf(scale_at(minima[q], k), x_sum, totals[q][k]);
 #endif
+            }
           }
+#pragma unroll
+          for (int i = 0; i < PIECE; ++i) sums[i] = 0;
           if (more) {
             now.step(rounds, listed);
             whole = true;
@@ -544,6 +545,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   }
 
   __syncthreads();
+#pragma unroll 2
   for (int i = thread; i < LISTS * COLUMNS; i += THREADS) {
     const int list = i / COLUMNS, c = i % COLUMNS;
     float sum = 0.0f;
@@ -554,6 +556,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   }
 
   if (CLUSTER > 1) cluster_arrive(), cluster_wait(); else __syncthreads();
+#pragma unroll 1
   for (int i = thread; i < SHARE; i += THREADS) {
     const int c = rank * SHARE + i, to = tile * COLUMNS + c;
     if (c >= COLUMNS || to >= outputs) continue;

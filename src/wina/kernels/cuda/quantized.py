@@ -55,7 +55,7 @@ class _Projection(ctypes.Structure):
         ("row", ctypes.c_int),
         ("outputs", ctypes.c_int),
         ("tiles", ctypes.c_int),
-        ("group", ctypes.c_int),
+        ("shift", ctypes.c_int),
     )
 
 
@@ -75,9 +75,16 @@ class _Arguments(ctypes.Structure):
 
 
 def segment_of(weights: Sequence[QuantizedWeight]) -> int | None:
-    """Return the longest segment that divides all groups; None if there is none."""
-    groups = [weight.group_size for weight in weights]
-    return next((n for n in SEGMENTS if all(group % n == 0 for group in groups)), None)
+    """Return the longest segment that divides all groups; None if there is none.
+
+    Where there are several groups, segments are a power of two to a group.
+    """
+
+    def suits(weight: QuantizedWeight, segment: int) -> bool:
+        per, rest = divmod(weight.group_size, segment)
+        return rest == 0 and (len(weight.scales) == 1 or per & (per - 1) == 0)
+
+    return next((n for n in SEGMENTS if all(suits(weight, n) for weight in weights)), None)
 
 
 def fits(x: Tensor, weights: Sequence[QuantizedWeight]) -> bool:
@@ -210,7 +217,9 @@ def launch(
         projection.bias = None if bias is None else bias.data_ptr()
         projection.row, projection.outputs = weight.codes.shape[1], out
         projection.tiles = -(-weight.codes.shape[1] // (16 * config.lanes))
-        projection.group = weight.group_size
+        # One group: all segments are its own.
+        per = weight.group_size // segment
+        projection.shift = per.bit_length() - 1 if len(weight.scales) > 1 else 31
         if activation is None or place == 0:
             results.append(x.new_empty((*x.shape[:-1], out)))
             projection.out = results[-1].data_ptr()
