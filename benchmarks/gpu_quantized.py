@@ -2,9 +2,9 @@
 
 A layer's four launches (gate and up with the norm before, down and o with the residual after, q, k
 and v with the norm), captured in CUDA graphs over as many sets of weights as exceed the cache four
-times. Beside each stand torch's dense product of 4-bit weights (tinygemm), or for 8 bits the product
-that inductor makes of torchao's weight, on the same shapes, and the floor: the bytes of live codes
-and of all scales at the speed of a plain read.
+times. Beside each, on the same shapes, stand torch's dense product of 4-bit weights (tinygemm), or
+for 8 bits the product that inductor makes of torchao's weight, and the floor: the bytes of live
+codes and of all scales at the speed of a plain read.
 
     python benchmarks/gpu_quantized.py --formats int4-g128,int8 --json sweep.json
 """
