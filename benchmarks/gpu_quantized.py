@@ -2,7 +2,7 @@
 
 A layer's four launches (gate and up with the norm before, down and o with the residual after, q, k
 and v with the norm), captured in CUDA graphs over as many sets of weights as exceed the cache four
-times. Beside each stand torch's dense product of 4-bit weights (tinygemm), or for 8 bits the product
+times. Beside each stand torch's dense product of 4-bit weights (tinygemm), or for 8 bits the one
 that inductor makes of torchao's weight, on the same shapes, and the floor: the bytes of live codes
 and of all scales at the speed of a plain read.
 
