@@ -20,7 +20,9 @@ from wina.generation import Decoder, decoder
 from wina.generation.decoder import record
 from wina.kernels import (
     QuantizedWeight,
+    available_backends,
     blocks,
+    fusion,
     pack,
     quantized,
     quantized_linear,
@@ -360,3 +362,22 @@ def test_a_quantized_models_blocks_run_in_one_call(
         torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-4, atol=1e-4)
     assert found.mode == "compiled"
     assert len(numbers) == 1
+
+
+def test_a_dense_linear_of_another_librarys_weight_stays_with_it() -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    both = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+    torchao.quantize_(both[0], torchao.Int8WeightOnlyConfig())
+    x, seen = torch.randn(1, 64), list[object]()
+
+    def backend(graph: torch.fx.GraphModule, _inputs: object) -> torch.fx.GraphModule:
+        found = fusion.fuse(graph)
+        seen.extend(node.target for node in found.graph.nodes if node.op == "call_function")
+        return found
+
+    with torch.no_grad():
+        wanted = both(x)
+        torch.testing.assert_close(torch.compile(both, backend=backend)(x), wanted)
+    served = [torch.ops.wina.dense_linear] if "cpu" in available_backends() else []
+    assert [target for target in seen if target in (torch.ops.wina.dense_linear,)] == served
+    assert len(seen) == 2

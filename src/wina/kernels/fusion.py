@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 from torch.nn import functional
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from wina.kernels.absorb import absorb
 from wina.kernels.attend import attend
@@ -86,6 +87,8 @@ def _use_rows_kernel(node: Any) -> None:
     if "cpu" not in available_backends() or x.numel() > FEW * x.shape[-1]:
         return
     x, weight, *bias = node.args
+    if is_traceable_wrapper_subclass(weight.meta.get("example_value")):
+        return  # another library's weight, which only that can multiply with
     with node.graph.inserting_before(node):
         packed = [] if not bias or bias[0] is None else [bias[0]]
         arguments = (x, weight, packed)
