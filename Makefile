@@ -14,7 +14,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/wina run --compare --perplexity
 
 test: $(VENV)/dev.stamp lint
-	TRITON_INTERPRET=1 $(BIN)/pytest
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist loadfile
 
 # vLLM pins versions of much that wina uses: it has an environment of its own.
 test-vllm: $(VLLM)/stamp
