@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import wina.plan
+from first_difference import SHIPPED
 from wina.generation import Decoder
 from wina.kernels import use_backend
 from wina.layers import densify, lay_out_for_decode, sparsify
@@ -25,7 +25,6 @@ from wina.measures import Totals, compare, score_plan
 from wina.models import load_model, start_ids
 from wina.plan import Plan
 
-SHIPPED = Path(wina.plan.__file__).parent / "shipped" / "smollm2-135m-instruct" / "50"
 ROWS = 4  # decoded together; each row's mask is its own
 
 

@@ -59,9 +59,7 @@ def _kept(cos: Any, sin: Any, known: dict[Any, Any]) -> list[Any]:
         with graph.inserting_after(max(cos, sin, key=order.__getitem__)):
             both = graph.call_function(OPS.both, (cos, sin))
         with graph.inserting_after(both):
-            known[cos, sin] = [graph.call_function(operator.getitem, (both, i)) for i in (1, 0)][
-                ::-1
-            ]
+            known[cos, sin] = [graph.call_function(operator.getitem, (both, i)) for i in (0, 1)]
     return list(known[cos, sin])
 
 
