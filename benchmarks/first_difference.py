@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import wina.plan
+from wina.api import sparsify
 from wina.generation import Decoder
 from wina.kernels import use_backend
-from wina.layers import lay_out_for_decode, sparsify
+from wina.layers import lay_out_for_decode
 from wina.layers.linear import SparseLayer, sparse_layers
 from wina.models.loading import load_model
 from wina.plan import Plan
