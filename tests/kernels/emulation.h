@@ -159,6 +159,8 @@ static long long load_count(const long long* address) {
   if (!emulation::now->waited) emulation::fail("read before the kernel before has ended");
   return __ldg(address);
 }
+static u32 take_ticket(u32* next) { emulation::check(next, 4); return (*next)++; }
+static float load_sum(const float* address) { return *address; }
 static long long peek(const long long* address) { return __ldg(address); }
 static void fetch(const void* address) { emulation::check(address, 16); }
 static u64 stream_policy() { return 0; }

@@ -46,7 +46,7 @@ class Emulated:
     def launch(self, blocks: int, shared: int, arguments: ctypes.Structure) -> None:
         ranges = [
             (t.data_ptr(), t.untyped_storage().nbytes() - t.storage_offset() * t.element_size())
-            for t in self.tensors
+            for t in (*self.tensors, *rows_module._tickets.values())
         ]
         memory = (ctypes.c_longlong * (2 * len(ranges)))(*(x for pair in ranges for x in pair))
         sizes = (blocks, self.threads, self.cluster, shared)
@@ -111,6 +111,7 @@ CONFIGS = {
     "copies": Config(lanes=8, groups=8, unroll=4, cluster=1, loads=2),
     "cluster": Config(lanes=8, groups=4, unroll=2, cluster=4, loads=2),
     "whole": Config(lanes=4, groups=16, unroll=3, cluster=4, loads=1, whole=1),
+    "far": Config(lanes=8, groups=4, unroll=2, cluster=3, loads=1, far=1),
     "wide": Config(lanes=32, groups=2, unroll=4, cluster=2, loads=1, ahead=20),
 }
 
@@ -121,6 +122,7 @@ CASES = [
     ("odd", torch.bfloat16),
     ("copies", torch.float16),
     ("cluster", torch.bfloat16),
+    ("far", torch.bfloat16),
     ("whole", torch.float32),
     ("wide", torch.float16),
 ]

@@ -132,6 +132,8 @@ CONFIGS = [
     Config(64, 4, unroll=4, cluster=4, blocks=1, loads=0),
     Config(8, 48, unroll=4, cluster=2, blocks=3, loads=1, whole=1),
     Config(32, 16, unroll=4, cluster=8, loads=0, whole=1),
+    Config(16, 24, unroll=4, cluster=7, blocks=3, loads=0, far=1),
+    Config(16, 32, unroll=4, cluster=3, loads=1, whole=1, far=1),
 ]
 
 

@@ -217,3 +217,20 @@ __device__ __forceinline__ void write_to(float* mine, int rank, float value) {
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
   asm volatile("st.shared::cluster.f32 [%0], %1;" : : "r"(remote), "f"(value) : "memory");
 }
+
+// A number for each block that asks, from 0 on. What its block wrote before, seen by this thread
+// (after __syncthreads), is seen by those with higher numbers.
+__device__ __forceinline__ u32 take_ticket(u32* next) {
+  u32 mine;
+  asm volatile("fence.acq_rel.gpu; atom.relaxed.gpu.global.add.u32 %0, [%1], 1; fence.acq_rel.gpu;"
+               : "=r"(mine)
+               : "l"(next)
+               : "memory");
+  return mine;
+}
+// What another block of this launch wrote: past the first-level cache.
+__device__ __forceinline__ float load_sum(const float* address) {
+  float value;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(address) : "memory");
+  return value;
+}

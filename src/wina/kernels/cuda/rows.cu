@@ -1,15 +1,17 @@
 // y = W drop(x) for a few tokens: only the rows of live channels are read.
 //
-// W is stored input-major: row j holds channel j's weights for all outputs. A cluster of CLUSTER
-// blocks computes one tile of COLUMNS outputs. Each of its blocks takes every CLUSTER-th chunk of
-// WIDTH channels, gates them, lists the live ones in shared memory, and adds up their rows; the
-// blocks' sums then meet in shared memory of the cluster, in a fixed order. So there is no
-// compaction kernel, no workspace, no atomic, and the result does not vary between runs.
+// W is stored input-major: row j holds channel j's weights for all outputs. SPLIT blocks compute one
+// tile of COLUMNS outputs. Each of them takes every SPLIT-th chunk of WIDTH channels, gates them,
+// lists the live ones in shared memory, and adds up their rows; the blocks' sums then meet, in a
+// fixed order, so that the result does not vary between runs. They meet in shared memory where the
+// blocks are a cluster (CLUSTER = SPLIT). Clusters leave some multiprocessors with less to do, so
+// blocks may also be on their own (CLUSTER = 1): sums go to memory, and the block that comes last,
+// by an integer ticket, adds them up.
 // WHOLE: each block gates all channels and lists its share of the live ones, so that no block has
 // more rows to read than the others.
 //
-// Compile-time: ELEMENT, TOKENS, LANES, GROUPS, UNROLL, LOADS, PREFETCH, CLUSTER, WHOLE, HELD, GATED,
-// NORM, BLOCKS.
+// Compile-time: ELEMENT, TOKENS, LANES, GROUPS, UNROLL, LOADS, PREFETCH, SPLIT, CLUSTER, WHOLE, HELD,
+// GATED, NORM, BLOCKS.
 //   LANES threads read one row's tile, 16 bytes each; GROUPS rows are read side by side, and each
 //   thread has UNROLL under way (LOADS: how). PREFETCH bytes around a load go to the L2 cache.
 //   HELD chunks of channels are gated by a thread at once. BLOCKS should fit a multiprocessor.
@@ -22,6 +24,7 @@ constexpr int THREADS = (LANES * GROUPS + 31) / 32 * 32;
 constexpr int WARPS = THREADS / 32;
 constexpr int LISTS = GATED ? 2 : 1;
 constexpr int SHARE = (COLUMNS + CLUSTER - 1) / CLUSTER;  // columns that a block finishes
+constexpr bool FAR = SPLIT > CLUSTER;                     // sums meet in memory
 
 struct Projection {
   const element* weight;
@@ -38,6 +41,8 @@ struct Arguments {
   const element* norm;      // RMSNorm's weight, or null
   const element* residual;  // (tokens, outputs), added to the first projection's output, or null
   const unsigned char* flags;  // (tokens,): 0 where a token's channels are all live; or null
+  float* sums;   // FAR: (tiles, LISTS, TOKENS, SPLIT, COLUMNS)
+  u32* tickets;  // FAR: (tiles,), 0 before and after a launch
   long long pitch;  // elements from token to token of the outputs; 0: of each projection its outputs
   float epsilon;
   int inputs, tokens, count, activation, capacity, slots;  // slots: their place in shared memory
@@ -252,14 +257,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   float* meet = reinterpret_cast<float*>(memory);  // [GROUPS][COLUMNS], when the lists are done
 
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int rank = CLUSTER == 1 ? 0 : cluster_rank();
-  int tile = blockIdx.x / CLUSTER, which = 0;
+  __shared__ bool last;  // FAR: of the tile's blocks
+  const int rank = SPLIT == 1 ? 0 : FAR ? blockIdx.x % SPLIT : cluster_rank();
+  int tile = blockIdx.x / SPLIT, which = 0;
   if (!GATED) {
     while (tile >= a.projections[which].tiles) tile -= a.projections[which++].tiles;
   }
   const int chunks = a.inputs / WIDTH;
   // Chunks of this block: every EVERY-th from the first.
-  constexpr int EVERY = WHOLE ? 1 : CLUSTER;
+  constexpr int EVERY = WHOLE ? 1 : SPLIT;
   const int least = WHOLE ? 0 : rank;
   const int mine = (chunks - least + EVERY - 1) / EVERY;
 
@@ -285,9 +291,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   for (int token = 0; token < TOKENS; ++token)
     masked[token] = !a.flags || (token < a.tokens && a.flags[token]);
   const int outputs = a.projections[GATED ? 0 : which].outputs;
+  const int column_from = FAR ? 0 : rank * SHARE;  // of the columns that this block finishes
   Added added;
   {
-    const int c = rank * SHARE + thread % SHARE, token = thread / SHARE;
+    const int c = column_from + thread % SHARE, token = thread / SHARE;
     const int output = tile * COLUMNS + c;
     if (token < a.tokens && c < COLUMNS && output < outputs)
       read_added(added, a, which, token, output);
@@ -378,8 +385,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       const int found = list ? all >> 16 : all & 0xffffu;
       int from = -count[list], to = from + found;
       if (WHOLE) {  // there is one round
-        from = found * rank / CLUSTER;
-        to = found * (rank + 1) / CLUSTER;
+        from = found * rank / SPLIT;
+        to = found * (rank + 1) / SPLIT;
       }
       u32* listed = rows + list * a.capacity - from;
       Values* kept_values = values + list * a.capacity - from;
@@ -456,23 +463,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         float all = 0.0f;
 #pragma unroll
         for (int r = 0; r < SUMS; ++r) all += meet[r * COLUMNS + c];
-        float* to = &parts[rank][list][token][c % SHARE];
-        if (CLUSTER > 1) write_to(to, c / SHARE, all); else *to = all;
+        if (FAR) {
+          const int place = (blockIdx.x / SPLIT * LISTS + list) * TOKENS + token;
+          a.sums[(place * SPLIT + rank) * COLUMNS + c] = all;
+        } else {
+          float* to = &parts[rank][list][token][c % SHARE];
+          if (CLUSTER > 1) write_to(to, c / SHARE, all); else *to = all;
+        }
       }
     }
   }
 
   if (CLUSTER > 1) cluster_arrive(), cluster_wait(); else __syncthreads();
+  if (FAR) {
+    if (thread == 0) {
+      u32* ticket = a.tickets + blockIdx.x / SPLIT;
+      last = take_ticket(ticket) == SPLIT - 1;
+      if (last) *ticket = 0;
+    }
+    __syncthreads();
+    if (!last) return;
+  }
   for (int i = thread; i < SHARE * a.tokens; i += THREADS) {
-    const int c = rank * SHARE + i % SHARE, token = i / SHARE, output = tile * COLUMNS + c;
+    const int c = column_from + i % SHARE, token = i / SHARE, output = tile * COLUMNS + c;
     if (c >= COLUMNS || output >= outputs) continue;
     if (i != thread) read_added(added, a, which, token, output);
     float found[LISTS];
 #pragma unroll
     for (int list = 0; list < LISTS; ++list) {
       float sum = 0.0f;
+      if (FAR) {
+        const int place = (blockIdx.x / SPLIT * LISTS + list) * TOKENS + token;
 #pragma unroll
-      for (int r = 0; r < CLUSTER; ++r) sum += parts[r][list][token][i % SHARE];
+        for (int r = 0; r < SPLIT; ++r) sum += load_sum(a.sums + (place * SPLIT + r) * COLUMNS + c);
+      } else {
+#pragma unroll
+        for (int r = 0; r < CLUSTER; ++r) sum += parts[r][list][token][i % SHARE];
+      }
       found[list] = rounded(sum + to_float(added.bias[list]));
     }
     const long long place = token * (a.pitch ? a.pitch : outputs) + output;

@@ -17,6 +17,7 @@ TOKENS = (1, 2, 4, 8)  # rows of x that a kernel is compiled for
 MOST = 3  # projections of one launch
 HELD = 4  # 16 bytes of x that a thread gates at once
 SLOTS = 2  # the kind of loads that needs shared memory
+TICKETS = 1 << 18  # integers of a device
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Config:
         lanes: threads that read one row's tile, 16 bytes each.
         groups: rows that a block reads side by side.
         unroll: rows that a thread has under way.
-        cluster: blocks that share a tile, each with its part of the channels: 1, 2, 4 or 8.
+        cluster: blocks that share a tile, each with its part of the channels: 1, 2, 4 or 8; with
+            ``far`` any number.
         blocks: of a multiprocessor, for the compiler's choice of registers. Two leave room for
             the next kernel, which can then start before this one has ended.
         loads: how rows are kept under way: 0 at once, 1 a register as soon as it was used, 2 as 1
@@ -37,6 +39,8 @@ class Config:
             live ones; 0 if it gates its share of the channels, which leaves some with more rows
             to read. Needs one row of x, and threads enough (``gates_whole``).
         ahead: threads whose live channels' rows are asked for before they are listed.
+        far: 1 if the blocks that share a tile are no cluster: their sums meet in the second-level
+            cache, which takes longer, but no multiprocessor is left out for want of a neighbour.
     """
 
     lanes: int
@@ -48,6 +52,7 @@ class Config:
     prefetch: int = 0
     whole: int = 0
     ahead: int = 0
+    far: int = 0
 
     @property
     def threads(self) -> int:
@@ -74,6 +79,8 @@ class _Arguments(ctypes.Structure):
         ("norm", ctypes.c_void_p),
         ("residual", ctypes.c_void_p),
         ("flags", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+        ("tickets", ctypes.c_void_p),
         ("pitch", ctypes.c_longlong),
         ("epsilon", ctypes.c_float),
         ("inputs", ctypes.c_int),
@@ -144,7 +151,8 @@ def macros_of(
         "UNROLL": config.unroll,
         "LOADS": config.loads,
         "PREFETCH": config.prefetch,
-        "CLUSTER": config.cluster,
+        "SPLIT": config.cluster,
+        "CLUSTER": 1 if config.far else config.cluster,
         "WHOLE": config.whole,
         "HELD": min(HELD if tokens == 1 else 1, -(-chunks // config.threads)),
         "GATED": int(gated),
@@ -226,6 +234,38 @@ def rows(
             results.append(fresh)
             projection.out = results[-1].data_ptr()
             tiles += projection.tiles
+    if config.far:
+        lists_of_sums = (2 if gated else 1) * compiled_for * config.cluster * columns
+        sums = torch.empty(tiles * lists_of_sums, dtype=torch.float32, device=x.device)
+        arguments.sums = sums.data_ptr()
+        arguments.tickets = tickets(x.device, weights[0].data_ptr(), tiles)
     shared = shared_bytes(config, inputs, gated, compiled_for, size)
     run.launch(tiles * config.cluster, shared, arguments)
     return results
+
+
+_tickets: dict[torch.device, Tensor] = {}
+_places: dict[torch.device, dict[tuple[int, int], int]] = {}
+
+
+def tickets(device: torch.device, weight: int, tiles: int) -> int:
+    """Return the address of a launch's tickets, one a tile, all 0 between launches.
+
+    Each weight has its own, so that two models may run side by side; the same weight must not be
+    in two launches at the same time. (Past ``TICKETS`` of them the first are given again.)
+
+    Args:
+        device: of the launch.
+        weight: address of the first projection's.
+        tiles: of the launch.
+    """
+    if device not in _tickets:
+        _tickets[device] = torch.zeros(TICKETS, dtype=torch.int32, device=device)
+    places = _places.setdefault(device, {})
+    if (weight, tiles) not in places:
+        used = max((place + count for (_, count), place in places.items()), default=0)
+        if used + tiles > TICKETS:
+            places.clear()
+            used = 0
+        places[weight, tiles] = used
+    return _tickets[device].data_ptr() + 4 * places[weight, tiles]
