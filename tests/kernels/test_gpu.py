@@ -385,3 +385,44 @@ def test_tuning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert table.config_for(x, (640, 128), gated=False) == chosen
     finally:
         table.forget()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [2, 9, 33, 129, 256])
+@pytest.mark.parametrize(
+    ("inputs", "sizes"), [(1096, (640, 72, 72)), (2048, (512, 512)), (512, (64,))]
+)
+def test_rows_of_which_some_are_dense(
+    rows: int, inputs: int, sizes: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """One launch for all projections, also captured, where its tickets must come back to 0."""
+    from wina.kernels.gpu import flagged_linears
+
+    torch.manual_seed(rows)
+    x = torch.randn(rows, inputs, device="cuda").to(dtype)
+    whole = (torch.randn(inputs, sum(sizes), device="cuda") / inputs**0.5).to(dtype).t()
+    weights = list(torch.split(whole, sizes))
+    thresholds = torch.rand(len(sizes), inputs, device="cuda")
+    biases = [torch.randn(n, device="cuda").to(dtype) for n in sizes]
+    flags = torch.rand(rows, device="cuda") > 0.5
+
+    def run() -> torch.Tensor:
+        found = flagged_linears(x, weights, thresholds.unbind(), biases, flags, biases)
+        assert found is not None
+        return found
+
+    parts = []
+    for w, t, b in zip(weights, thresholds, biases, strict=True):
+        kept = torch.where(flags[:, None] & (x.abs().float() < t), 0, x).float()
+        parts.append(kept @ w.float().t() + b.float() * (1 + flags[:, None].float()))
+    wanted = torch.cat(parts, -1)
+    first = run()
+    assert_close(first.float(), wanted, rtol=2e-2, atol=2e-2)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = run()
+    for _ in range(3):
+        again.zero_()
+        graph.replay()
+        assert torch.equal(again, first)

@@ -70,3 +70,58 @@ def test_gate_of_some_rows(dtype: torch.dtype, rows: int, inputs: int) -> None:
     wanted = torch.where(dropped, 0, x)
     assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
     assert found.dtype == dtype
+
+
+# float16 alone: the interpreter multiplies bfloat16's bits as integers.
+@pytest.mark.parametrize(
+    ("rows", "inputs", "sizes"),
+    [(3, 136, (72,)), (17, 264, (64, 24, 40)), (5, 128, (64, 64)), (140, 72, (16,)), (1, 8, (8,))],
+)
+@pytest.mark.parametrize("cut", [None, (16, 32, 3, 2, 4), (32, 16, 1, 2, 4)])
+@pytest.mark.parametrize("flagged", [True, False])
+def test_masked_product(
+    rows: int, inputs: int, sizes: tuple[int, ...], cut: tuple[int, ...] | None, flagged: bool
+) -> None:
+    from wina.kernels.triton.product import Cut, masked_product, serves
+
+    torch.manual_seed(rows)
+    half = torch.float16
+    x = torch.randn(rows, inputs).to(half)
+    weights = [(torch.randn(inputs, n) / inputs**0.5).to(half).t() for n in sizes]
+    thresholds = [2 * torch.rand(inputs) for _ in sizes]
+    thresholds[0][::5] = x[0, ::5].abs().float()  # exactly at the threshold: kept
+    biases = [None if i == 1 else torch.randn(n).to(half) for i, n in enumerate(sizes)]
+    extras = [torch.randn(n).to(half) for n in sizes] if flagged else []
+    flags = torch.rand(rows) > 0.5 if flagged else None
+    assert serves(x, weights, thresholds)
+    out = torch.empty(rows, sum(sizes), dtype=half) if flagged else None
+    for _ in range(2):  # its tickets are as they were
+        found = masked_product(
+            x, weights, thresholds, biases, flags=flags, sparse_biases=extras, out=out,
+            cut=cut and Cut(*cut),
+        )  # fmt: skip
+        sparse = torch.ones(rows, dtype=torch.bool) if flags is None else flags
+        for place, (one, w, t, b) in enumerate(
+            zip(found, weights, thresholds, biases, strict=True)
+        ):
+            kept = torch.where(sparse[:, None] & (x.abs().float() < t), 0, x).double()
+            wanted = kept @ w.double().t() + (0 if b is None else b.double())
+            if extras:
+                wanted += sparse[:, None] * extras[place].double()
+            assert_close(one.double(), wanted, rtol=4e-3, atol=4e-3)
+    if out is not None:
+        assert torch.equal(out, torch.cat(found, -1))
+
+
+def test_masked_product_sees_nan_and_what_it_does_not_serve() -> None:
+    from wina.kernels.triton.product import ROWS, masked_product, serves
+
+    x, weight, thresholds, _ = case(2, 64, 16, torch.float16, 0.0)
+    x[0, 3] = float("nan")
+    (found,) = masked_product(x, [weight], [torch.full((64,), float("inf"))], [None])
+    assert found[0].isnan().all() and (found[1] == 0).all()
+    assert not serves(x.float(), [weight], [thresholds])
+    assert not serves(x, [weight.contiguous()], [thresholds])
+    assert not serves(x.new_zeros(ROWS + 1, 64), [weight], [thresholds])
+    assert not serves(x.new_zeros(0, 64), [weight], [thresholds])
+    assert not serves(x, [weight] * 4, [thresholds] * 4)

@@ -118,14 +118,32 @@ def flagged_linears(
     thresholds: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     flags: Tensor,
+    sparse_biases: Sequence[Tensor | None],
 ) -> Tensor | None:
-    """Return W drop(x) + b side by side, nothing dropped of rows that ``flags`` does not name.
+    """Return the projections side by side in one launch; None where no kernel does that.
 
-    None where no kernel does that, or a dense product is faster.
+    Args:
+        x: shape (rows, inputs).
+        weights: input-major, shape (outputs, inputs), one of each projection.
+        thresholds: shape (inputs,), float32, likewise.
+        biases: shape (outputs,) or None, likewise.
+        flags: True for rows of which channels are dropped, shape (rows,), bool.
+        sparse_biases: as ``biases``, added to those rows alone.
+
+    Returns:
+        Shape (rows, all outputs).
     """
-    if _backend() is not cuda:
+    if _backend() is cuda and not any(bias is not None for bias in sparse_biases):
+        found = cuda.flagged_linears(x, weights, thresholds, biases, flags)
+        if found is not None:
+            return found
+    if not triton.multiplies(x, weights, thresholds):
         return None
-    return cuda.flagged_linears(x, weights, thresholds, biases, flags)
+    out = x.new_empty(len(x), sum(weight.shape[0] for weight in weights))
+    triton.products(
+        x, weights, thresholds, biases, flags=flags, sparse_biases=sparse_biases, out=out
+    )
+    return out
 
 
 def quantized_linear(

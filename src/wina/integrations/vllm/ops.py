@@ -146,11 +146,12 @@ def _on_cuda(
     weights = torch.split(weight, sizes)
     none: list[Tensor | None] = [None] * len(sizes)
     biases = none if own is None else torch.split(own, sizes)
-    added = None if extra is None else flags[:, None] * extra
-    if len(x) <= SKIPPED and x.is_cuda:
-        found = flagged_linears(x, weights, thresholds.unbind(), biases, flags)
+    extras = none if extra is None else torch.split(extra, sizes)
+    if x.is_cuda:
+        found = flagged_linears(x, weights, thresholds.unbind(), biases, flags, extras)
         if found is not None:
-            return found if added is None else found + added
+            return found
+    added = None if extra is None else flags[:, None] * extra
     masked = gate(x, thresholds, flags)
     if len(x) <= SKIPPED:  # what is 0 by now is skipped, as a dropped channel is
         least = _least(x.shape[-1], x.device)

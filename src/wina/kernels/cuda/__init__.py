@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from wina.kernels import reference
+from wina.kernels import reference, triton
 from wina.kernels.cuda import rows
 from wina.kernels.cuda.attention import attention_step, decode_attention
 from wina.kernels.cuda.gate import gate
@@ -67,10 +67,13 @@ def linears(
         )
     if norm is not None:
         x = reference.rms_norm(x, norm, epsilon)
-    results = [
-        functional.linear(kept, weight, bias)
-        for kept, weight, bias in zip(_gate(x, thresholds), weights, biases, strict=True)
-    ]
+    if triton.multiplies(x, weights, thresholds):
+        results = triton.products(x, weights, thresholds, biases)
+    else:
+        results = [
+            functional.linear(kept, weight, bias)
+            for kept, weight, bias in zip(_gate(x, thresholds), weights, biases, strict=True)
+        ]
     if residual is not None:
         results[0] = residual + results[0]
     return results

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,22 @@ def skips(x: Tensor, outputs: Sequence[int], gated: bool) -> bool:
     """Return whether rows are skipped for this many rows of x; else a dense product serves."""
     del outputs, gated
     return x.numel() <= MOST * x.shape[-1]
+
+
+def multiplies(x: Tensor, weights: Sequence[Tensor], thresholds: Sequence[Tensor]) -> bool:
+    """Return whether ``products`` serves these."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from wina.kernels.triton.product import serves
+
+    return serves(x, weights, thresholds)
+
+
+def products(*arguments: Any, **options: Any) -> list[Tensor]:
+    """Return ``product.masked_product``: dense products of x masked on its way, in one launch."""
+    from wina.kernels.triton.product import masked_product
+
+    return masked_product(*arguments, **options)
 
 
 def linears(

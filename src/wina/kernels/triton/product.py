@@ -1,0 +1,277 @@
+"""y = W drop(x) for some rows of x at once: one product on tensor cores, x masked on its way.
+
+With several rows whose masks differ hardly a row of W is left out, so W is read whole, once. What
+is saved is the rest: up to three projections of one x, each with its own thresholds, are one
+launch, and no masked copy of x is written. Programs that share a tile split the channels; the one
+that comes last, by an integer ticket, adds up their float32 sums in a fixed order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MEASURED = Path(__file__).with_name("cuts.json")  # on an H100
+MOST = 3  # projections of one launch
+ROWS = 256  # of x; for more a dense product on a masked copy is as fast
+TILE = 128  # rows of x of a program, at most
+DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a product is cut up.
+
+    Attributes:
+        columns: outputs of a program.
+        channels: read at a time.
+        split: programs that share a tile.
+        stages: of channels under way.
+        warps: of a program.
+    """
+
+    columns: int = 64
+    channels: int = 128
+    split: int = 1
+    stages: int = 3
+    warps: int = 4
+
+
+@triton.jit
+def _pick(tile, first, second, a, b, c):
+    return tl.where(tile < first, a, tl.where(tile < second, b, c))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "weight0", "weight1", "weight2", "limits0", "limits1", "limits2", "bias0", "bias1", "bias2",
+        "extra0", "extra1", "extra2", "out0", "out1", "out2", "first", "second", "rows",
+    ]
+)  # fmt: skip
+def _product(
+    x, flags, sums, tickets,
+    weight0, weight1, weight2, limits0, limits1, limits2, bias0, bias1, bias2,
+    extra0, extra1, extra2, out0, out1, out2,
+    stride0, stride1, stride2, pitch0, pitch1, pitch2, outputs0, outputs1, outputs2,
+    first, second, rows, inputs,
+    ELEMENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+    SPLIT: tl.constexpr, SHARE: tl.constexpr, FLAGGED: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    which = tl.program_id(0)
+    part = tl.program_id(1)
+    block = tl.program_id(2)
+    begin = _pick(which, first, second, 0, first, second)
+    weight = _pick(which, first, second, weight0, weight1, weight2).to(tl.pointer_type(ELEMENT))
+    limits = _pick(which, first, second, limits0, limits1, limits2).to(tl.pointer_type(tl.float32))
+    stride = _pick(which, first, second, stride0, stride1, stride2)
+    outputs = _pick(which, first, second, outputs0, outputs1, outputs2)
+    weight = tl.multiple_of(weight, 16)
+    limits = tl.multiple_of(limits, 16)
+    stride = tl.multiple_of(stride, 8)
+    columns = (which - begin) * COLUMNS + tl.arange(0, COLUMNS)
+    places = block * ROWS + tl.arange(0, ROWS)
+    inside = places < rows
+    if FLAGGED:
+        flagged = tl.load(flags + places, inside, 0) != 0
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    channels = part * SHARE + tl.arange(0, CHANNELS)
+    for step in range(0, SHARE, CHANNELS):
+        now = channels + step
+        there = now < inputs
+        if EVEN:
+            found = tl.load(
+                weight + now.to(tl.int64)[:, None] * stride + columns[None, :],
+                eviction_policy="evict_first",
+            )
+            t = tl.load(limits + now)
+            values = tl.load(x + places[:, None] * inputs + now[None, :], inside[:, None], 0.0)
+        else:
+            seen = there[:, None] & (columns < outputs)[None, :]
+            found = tl.load(
+                weight + now.to(tl.int64)[:, None] * stride + columns[None, :], seen, 0.0,
+                eviction_policy="evict_first",
+            )  # fmt: skip
+            t = tl.load(limits + now, there, 0.0)
+            values = tl.load(
+                x + places[:, None] * inputs + now[None, :], inside[:, None] & there[None, :], 0.0
+            )
+        dropped = tl.abs(values.to(tl.float32)) < t[None, :]  # so that NaN is kept
+        if FLAGGED:
+            dropped = dropped & flagged[:, None]
+        total = tl.dot(tl.where(dropped, 0.0, values).to(ELEMENT), found, total)
+    last = True
+    if SPLIT > 1:
+        tile = tl.num_programs(0) * block + which
+        cells = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        mine = sums + (tile * SPLIT).to(tl.int64) * (ROWS * COLUMNS) + cells
+        tl.store(mine + part * (ROWS * COLUMNS), total)
+        tl.debug_barrier()  # all threads have stored when one of them takes the ticket
+        last = tl.atomic_add(tickets + tile, 1, sem="acq_rel") == SPLIT - 1
+        if last:
+            tl.store(tickets + tile, 0)
+            total = tl.zeros((ROWS, COLUMNS), tl.float32)
+            for other in range(SPLIT):
+                total += tl.load(mine + other * (ROWS * COLUMNS), cache_modifier=".cg")
+    if last:
+        out = _pick(which, first, second, out0, out1, out2).to(tl.pointer_type(ELEMENT))
+        pitch = _pick(which, first, second, pitch0, pitch1, pitch2)
+        out = tl.multiple_of(out, 16)
+        pitch = tl.multiple_of(pitch, 8)
+        bias = _pick(which, first, second, bias0, bias1, bias2)
+        wanted = columns < outputs
+        if bias != 0:
+            added = tl.load(bias.to(tl.pointer_type(ELEMENT)) + columns, wanted, 0.0)
+            total += added.to(tl.float32)[None, :]
+        extra = _pick(which, first, second, extra0, extra1, extra2)
+        if extra != 0:
+            added = tl.load(extra.to(tl.pointer_type(ELEMENT)) + columns, wanted, 0.0)
+            added = added.to(tl.float32)[None, :]
+            if FLAGGED:
+                added = tl.where(flagged[:, None], added, 0.0)
+            total += added
+        where = places.to(tl.int64)[:, None] * pitch + columns[None, :]
+        tl.store(out + where, total.to(ELEMENT), inside[:, None] & wanted[None, :])
+
+
+def serves(x: Tensor, weights: Sequence[Tensor], thresholds: Sequence[Tensor]) -> bool:
+    """Return whether ``masked_product`` can compute this: 16 bits, input-major, aligned.
+
+    Args:
+        x: shape (..., inputs).
+        weights: W of each projection, shape (outputs, inputs).
+        thresholds: shape (inputs,), one of each projection.
+    """
+    inputs = x.shape[-1]
+    return (
+        x.dtype in DTYPES
+        and 0 < x.numel() <= ROWS * inputs
+        and len(weights) <= MOST
+        and inputs % 8 == 0
+        and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in thresholds)
+        and all(
+            w.dtype == x.dtype
+            and w.stride(0) == 1
+            and w.stride(1) % 8 == 0
+            and w.shape[0] % 8 == 0
+            and w.data_ptr() % 16 == 0
+            for w in weights
+        )
+    )
+
+
+def masked_product(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    *,
+    flags: Tensor | None = None,
+    sparse_biases: Sequence[Tensor | None] = (),
+    out: Tensor | None = None,
+    cut: Cut | None = None,
+) -> list[Tensor]:
+    """Return W drop(x) + b of each projection; ``serves`` must hold.
+
+    Args:
+        x: shape (..., inputs).
+        weights: one to three, input-major.
+        thresholds: shape (inputs,), float32, one of each projection.
+        biases: shape (outputs,) or None, one of each projection.
+        flags: False for rows that nothing is dropped of, shape (rows,), bool; None: all are sparse.
+        sparse_biases: as ``biases``, added to the rows that flags names.
+        out: holds the results then, side by side, shape (rows, all outputs).
+        cut: how the work is cut up; chosen if omitted.
+    """
+    shape, inputs = x.shape[:-1], x.shape[-1]
+    x = x.reshape(-1, inputs).contiguous()
+    count, rows = len(weights), len(x)
+    tile = min(TILE, max(16, triton.next_power_of_2(rows)))
+    sizes = [w.shape[0] for w in weights]
+    if cut is None:
+        cut = cut_for(tile, inputs, sum(sizes), _units(x.device))
+    if out is None:
+        results = [x.new_empty((*shape, size)) for size in sizes]
+        held = [one.view(rows, -1) for one in results]
+    else:
+        results = held = list(torch.split(out, sizes, -1))
+    share = triton.cdiv(triton.cdiv(inputs, cut.split), cut.channels) * cut.channels
+    split = triton.cdiv(inputs, share)
+    tiles = [triton.cdiv(size, cut.columns) for size in sizes]
+    first = tiles[0]
+    second = sum(tiles[:2])
+    blocks = triton.cdiv(rows, tile)
+    total = sum(tiles) * blocks
+    sums = x.new_empty(total * split * tile * cut.columns if split > 1 else 1, dtype=torch.float32)
+    no = [None] * MOST
+    even = inputs == share * split and all(size % cut.columns == 0 for size in sizes)
+    _product[(sum(tiles), split, blocks)](
+        x, x if flags is None else flags.view(torch.uint8), sums, tickets(x.device),
+        *_three(weights), *_three(thresholds), *_three([*biases, *no][:MOST]),
+        *_three([*sparse_biases, *no][:MOST]), *_three(held),
+        *_each([w.stride(1) for w in weights]), *_each([one.stride(0) for one in held]),
+        *_each(sizes), first, second if count > 1 else first, rows, inputs,
+        ELEMENT=DTYPES[x.dtype], ROWS=tile, COLUMNS=cut.columns, CHANNELS=cut.channels,
+        SPLIT=split, SHARE=share, FLAGGED=flags is not None, EVEN=even,
+        num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
+    return results
+
+
+def cut_for(tile: int, inputs: int, outputs: int, units: int) -> Cut:
+    """Return how to cut a product.
+
+    Args:
+        tile: rows of a program.
+        inputs: channels.
+        outputs: of all projections.
+        units: multiprocessors.
+    """
+    if (known := _measured().get(f"{tile} {inputs}->{outputs}")) is not None:
+        return known
+    columns = 64 if tile < 128 else 128
+    tiles = triton.cdiv(outputs, columns)
+    split = 1
+    while split < 8 and 2 * split * tiles <= 3 * units and inputs >= 1024 * split:
+        split *= 2
+    return Cut(columns, 128 if tile <= 32 else 64, split, 4, 4 if tile < 128 else 8)
+
+
+@cache
+def _measured() -> dict[str, Cut]:
+    if not MEASURED.exists():
+        return {}
+    found = json.loads(MEASURED.read_text(encoding="utf-8"))
+    return {key: Cut(**fields) for key, fields in found.items()}
+
+
+TICKETS = 1 << 14  # tiles of a launch that share their channels, at most
+
+
+@cache
+def tickets(device: torch.device) -> Tensor:
+    """Return integers that are 0 between launches; launches of one device follow each other."""
+    return torch.zeros(TICKETS, dtype=torch.int32, device=device)
+
+
+@cache
+def _units(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 8
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _three(tensors: Sequence[Tensor | None]) -> list[int]:
+    found = [0 if one is None else one.data_ptr() for one in tensors]
+    return found + [found[0]] * (MOST - len(found))
+
+
+def _each(numbers: Sequence[int]) -> list[int]:
+    return [*numbers] + [numbers[0]] * (MOST - len(numbers))
