@@ -30,6 +30,7 @@ CACHES = 4  # times the second-level cache that the live rows of all sets exceed
 SPARSITIES = (0.5, 0.65)  # a configuration is judged by the sum of its times at these
 SIZES = (256, 384, 512)  # threads of a block
 COMPILERS = 16  # programs compiled side by side
+MOST_APART = 16  # blocks of a tile that are no cluster
 
 
 @dataclass(frozen=True)
@@ -225,8 +226,26 @@ def cuts(shape: Shape, tokens: int, size: int, units: int) -> list[rows.Config]:
             (1024 if shape.gated else 1152) // threads if small else 512 // threads,
         )
         found += [config] if _fits(config, shape, tokens, size) else []
+    if tokens <= 2:
+        found += _apart(shape, tokens, size, units)
     usual = rule(shape.inputs, shape.outputs, shape.gated, tokens, size, units)
     return list(dict.fromkeys([*([usual] if usual else []), *found]))
+
+
+def _apart(shape: Shape, tokens: int, size: int, units: int) -> list[rows.Config]:
+    """Return cuts whose blocks are no clusters: as many as fill the device evenly."""
+    found = []
+    width = 16 // size
+    for lanes, threads, blocks in itertools.product((8, 16, 32, 64), SIZES, (1, 2, 3)):
+        tiles = sum(-(-out // (lanes * width)) for out in shape.outputs)
+        split = blocks * units // tiles
+        if blocks * threads > (1024 if shape.gated else 1536) or not 2 <= split <= MOST_APART:
+            continue
+        if split * tiles < 0.9 * blocks * units:
+            continue
+        config = rows.Config(lanes, threads // lanes, 4, split, blocks, far=1)
+        found += [config] if _fits(config, shape, tokens, size) else []
+    return found
 
 
 def streams(config: rows.Config, shape: Shape, tokens: int, size: int) -> list[rows.Config]:

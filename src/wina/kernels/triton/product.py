@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -45,9 +45,16 @@ class Cut:
     warps: int = 4
 
 
+# Addresses are numbers here, so that one of three can be chosen; 0 where there is none.
 @triton.jit
 def _pick(tile, first, second, a, b, c):
     return tl.where(tile < first, a, tl.where(tile < second, b, c))
+
+
+@triton.jit
+def _pointer(tile, first, second, a, b, c, ELEMENT: tl.constexpr):
+    # Of 64 bits even where all three are 0, which would be an integer of 32.
+    return _pick(tile, first, second, a, b, c).to(tl.int64).to(tl.pointer_type(ELEMENT))
 
 
 @triton.jit(
@@ -69,8 +76,16 @@ def _product(
     part = tl.program_id(1)
     block = tl.program_id(2)
     begin = _pick(which, first, second, 0, first, second)
-    weight = _pick(which, first, second, weight0, weight1, weight2).to(tl.pointer_type(ELEMENT))
-    limits = _pick(which, first, second, limits0, limits1, limits2).to(tl.pointer_type(tl.float32))
+    weight = (
+        _pick(which, first, second, weight0, weight1, weight2)
+        .to(tl.int64)
+        .to(tl.pointer_type(ELEMENT))
+    )
+    limits = (
+        _pick(which, first, second, limits0, limits1, limits2)
+        .to(tl.int64)
+        .to(tl.pointer_type(tl.float32))
+    )
     stride = _pick(which, first, second, stride0, stride1, stride2)
     outputs = _pick(which, first, second, outputs0, outputs1, outputs2)
     weight = tl.multiple_of(weight, 16)
@@ -121,18 +136,18 @@ def _product(
             for other in range(SPLIT):
                 total += tl.load(mine + other * (ROWS * COLUMNS), cache_modifier=".cg")
     if last:
-        out = _pick(which, first, second, out0, out1, out2).to(tl.pointer_type(ELEMENT))
+        out = _pointer(which, first, second, out0, out1, out2, ELEMENT)
         pitch = _pick(which, first, second, pitch0, pitch1, pitch2)
         out = tl.multiple_of(out, 16)
         pitch = tl.multiple_of(pitch, 8)
         bias = _pick(which, first, second, bias0, bias1, bias2)
         wanted = columns < outputs
         if bias != 0:
-            added = tl.load(bias.to(tl.pointer_type(ELEMENT)) + columns, wanted, 0.0)
+            added = tl.load(bias.to(tl.int64).to(tl.pointer_type(ELEMENT)) + columns, wanted, 0.0)
             total += added.to(tl.float32)[None, :]
         extra = _pick(which, first, second, extra0, extra1, extra2)
         if extra != 0:
-            added = tl.load(extra.to(tl.pointer_type(ELEMENT)) + columns, wanted, 0.0)
+            added = tl.load(extra.to(tl.int64).to(tl.pointer_type(ELEMENT)) + columns, wanted, 0.0)
             added = added.to(tl.float32)[None, :]
             if FLAGGED:
                 added = tl.where(flagged[:, None], added, 0.0)
@@ -142,7 +157,7 @@ def _product(
 
 
 def serves(x: Tensor, weights: Sequence[Tensor], thresholds: Sequence[Tensor]) -> bool:
-    """Return whether ``masked_product`` can compute this: 16 bits, input-major, aligned.
+    """Return whether ``masked_product`` computes this, and fast: 16 bits, input-major, aligned.
 
     Args:
         x: shape (..., inputs).
@@ -164,6 +179,7 @@ def serves(x: Tensor, weights: Sequence[Tensor], thresholds: Sequence[Tensor]) -
             and w.data_ptr() % 16 == 0
             for w in weights
         )
+        and _cut(x, weights) is not None
     )
 
 
@@ -189,14 +205,18 @@ def masked_product(
         sparse_biases: as ``biases``, added to the rows that flags names.
         out: holds the results then, side by side, shape (rows, all outputs).
         cut: how the work is cut up; chosen if omitted.
+
+    Raises:
+        ValueError: ``serves`` does not hold, and no cut is given.
     """
     shape, inputs = x.shape[:-1], x.shape[-1]
     x = x.reshape(-1, inputs).contiguous()
     count, rows = len(weights), len(x)
-    tile = min(TILE, max(16, triton.next_power_of_2(rows)))
+    tile = _tile(rows)
     sizes = [w.shape[0] for w in weights]
+    cut = cut or _cut(x, weights)
     if cut is None:
-        cut = cut_for(tile, inputs, sum(sizes), _units(x.device))
+        raise ValueError(f"no cut is known for {rows} rows of {inputs} channels")
     if out is None:
         results = [x.new_empty((*shape, size)) for size in sizes]
         held = [one.view(rows, -1) for one in results]
@@ -225,31 +245,54 @@ def masked_product(
     return results
 
 
-def cut_for(tile: int, inputs: int, outputs: int, units: int) -> Cut:
-    """Return how to cut a product.
+def _tile(rows: int) -> int:
+    return min(TILE, max(16, triton.next_power_of_2(rows)))
+
+
+def _cut(x: Tensor, weights: Sequence[Tensor]) -> Cut | None:
+    rows, outputs = x.numel() // x.shape[-1], tuple(w.shape[0] for w in weights)
+    return cut_for(_tile(rows), x.shape[-1], outputs, _units(x.device))
+
+
+def cut_for(tile: int, inputs: int, outputs: tuple[int, ...], units: int) -> Cut | None:
+    """Return how to cut a product; None where one on a masked copy of x is faster.
+
+    Measured cuts of Llama-3-8B's shapes first; the rule for other shapes is what they have in
+    common.
 
     Args:
         tile: rows of a program.
         inputs: channels.
-        outputs: of all projections.
+        outputs: of each projection.
         units: multiprocessors.
     """
-    if (known := _measured().get(f"{tile} {inputs}->{outputs}")) is not None:
-        return known
-    columns = 64 if tile < 128 else 128
-    tiles = triton.cdiv(outputs, columns)
-    split = 1
-    while split < 8 and 2 * split * tiles <= 3 * units and inputs >= 1024 * split:
-        split *= 2
-    return Cut(columns, 128 if tile <= 32 else 64, split, 4, 4 if tile < 128 else 8)
+    key = f"{tile} {inputs}->{'+'.join(map(str, outputs))}"
+    if key in _measured():
+        return _measured()[key]
+    wide = 2 * _tiles(outputs, 128) >= 3 * units
+    if (tile > 16 and len(outputs) == 1) or (tile > 64 and not wide):
+        return None  # several rows keep the tensor cores busy, and masking delays them
+    if wide:
+        return {16: Cut(128, 64, 1, 3), 32: Cut(128, 64, 1, 3), 64: Cut(128, 32, 1, 4)}.get(
+            tile, Cut(256, 64, 1, 3, 8)
+        )
+    cut, programs = {
+        16: (Cut(64, 128, stages=4), units),
+        32: (Cut(128, 64, stages=3), 2 * units),
+        64: (Cut(64, 32, stages=6), 3 * units),
+    }[tile]
+    split = max(1, round(programs / _tiles(outputs, cut.columns)))
+    return replace(cut, split=min(split, 8, max(1, inputs // (2 * cut.channels))))
+
+
+def _tiles(outputs: Sequence[int], columns: int) -> int:
+    return sum(-(-size // columns) for size in outputs)
 
 
 @cache
-def _measured() -> dict[str, Cut]:
-    if not MEASURED.exists():
-        return {}
+def _measured() -> dict[str, Cut | None]:
     found = json.loads(MEASURED.read_text(encoding="utf-8"))
-    return {key: Cut(**fields) for key, fields in found.items()}
+    return {key: None if fields is None else Cut(**fields) for key, fields in found.items()}
 
 
 TICKETS = 1 << 14  # tiles of a launch that share their channels, at most
@@ -265,7 +308,7 @@ def tickets(device: torch.device) -> Tensor:
 def _units(device: torch.device) -> int:
     if device.type != "cuda":
         return 8
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _three(tensors: Sequence[Tensor | None]) -> list[int]:
