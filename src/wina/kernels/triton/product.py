@@ -246,7 +246,7 @@ def masked_product(
 
 
 def _tile(rows: int) -> int:
-    return min(TILE, max(16, triton.next_power_of_2(rows)))
+    return min(TILE, max(16, 1 << (rows - 1).bit_length()))
 
 
 def _cut(x: Tensor, weights: Sequence[Tensor]) -> Cut | None:
