@@ -8,6 +8,7 @@ from wina.layers.phase import Phase
 from wina.layers.scoring import SparsityCounter, scoring
 from wina.layers.swap import change_vectors, densify, phase_of, sparsify
 from wina.layers.watch import ChangedWeightsWarning
+from wina.layers.widen import multiplies, widened
 
 __all__ = [
     "ChangedWeightsWarning",
@@ -21,9 +22,11 @@ __all__ = [
     "densify",
     "lay_out_for_decode",
     "measure_batches",
+    "multiplies",
     "opened",
     "phase_of",
     "scoring",
     "sparse_layers",
     "sparsify",
+    "widened",
 ]
