@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
     model = load_model(options.model, dtype=options.dtype, device=options.device).model
-    sparsify(model, Plan.load(SHIPPED), check=options.model is None)
+    sparsify(model, Plan.load(SHIPPED))
     lay_out_for_decode(model)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (1, options.prompt), generator=generator)

@@ -30,7 +30,7 @@ from wina.kernels import (
     use_backend,
 )
 from wina.kernels.cpu import use_instruction_set
-from wina.kernels.quantized import dequantize, unpack
+from wina.kernels.quantized import by_block, dequantize, unpack
 from wina.layers import lay_out_for_decode, sparsify
 from wina.models.quantize import Scheme, quantize
 
@@ -54,6 +54,7 @@ class Case:
     dtype: torch.dtype
     rows: int
     sparsity: float
+    by_block: bool = False
 
     def weight(self) -> QuantizedWeight:
         generator = torch.Generator().manual_seed(self.seed)
@@ -68,7 +69,8 @@ class Case:
             zeros = torch.randint(-bound, bound, scales.shape, generator=generator).to(torch.int8)
         elif self.zeros == "minima" and self.bits == 4:
             zeros = torch.randn(scales.shape, generator=generator).to(self.dtype)
-        return pack(codes, scales, zeros, self.bits)
+        packed = pack(codes, scales, zeros, self.bits)
+        return by_block(packed) if self.by_block else packed
 
     def x(self) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed + 1)
@@ -95,6 +97,7 @@ CASES = st.builds(
     dtype=st.sampled_from(DTYPES),
     rows=st.sampled_from([0, 1, 2, 5]),
     sparsity=st.sampled_from([0.0, 0.5, 1.0]),
+    by_block=st.booleans(),
 )
 
 

@@ -25,7 +25,7 @@ def multiplies(dtype: torch.dtype) -> bool:
     """Return whether torch multiplies matrices of a dtype on this processor at a good speed."""
     if dtype not in (torch.bfloat16, torch.float16):
         return True
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     known = torch.ops.mkldnn
     brain = dtype == torch.bfloat16

@@ -249,9 +249,9 @@ static Tensor masked(const Tensor& x, const float* thresholds) {
   Dtype dtype = dtype_of(x);
   const char* from = static_cast<const char*>(x.data());
   char* to = static_cast<char*>(result.data());
-  int64_t parts = std::min(rows, parts_for(in * rows));
-  parallel(std::max<int64_t>(parts, 1), [&](int64_t part) {
-    for (int64_t r = rows * part / parts; parts > 0 && r < rows * (part + 1) / parts; ++r)
+  const int64_t parts = std::max<int64_t>(1, std::min(rows, parts_for(in * rows)));
+  parallel(parts, [&](int64_t part) {
+    for (int64_t r = rows * part / parts; r < rows * (part + 1) / parts; ++r)
       kernels->drop(dtype, from + r * row, thresholds, to + r * row, in);
   });
   return result;
@@ -271,9 +271,9 @@ static Tensor drop_each(Tensor x, const Tensor& thresholds) {
   const float* vectors = static_cast<const float*>(thresholds.data());
   const char* from = static_cast<const char*>(x.data());
   char* to = static_cast<char*>(result.data());
-  const int64_t parts = std::min(rows, parts_for(in * rows * count));
-  parallel(std::max<int64_t>(parts, 1), [&](int64_t part) {
-    for (int64_t r = rows * part / parts; parts > 0 && r < rows * (part + 1) / parts; ++r)
+  const int64_t parts = std::max<int64_t>(1, std::min(rows, parts_for(in * rows * count)));
+  parallel(parts, [&](int64_t part) {
+    for (int64_t r = rows * part / parts; r < rows * (part + 1) / parts; ++r)
       for (int64_t i = 0; i < count; ++i)
         kernels->drop(dtype, from + r * row, vectors + i * in, to + (i * rows + r) * row, in);
   });
