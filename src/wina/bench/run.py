@@ -27,12 +27,11 @@ from wina.bench.probe import Probe
 from wina.bench.report import Baseline, BenchReport, SparseResult
 from wina.errors import UsageError
 from wina.generation import Decoder
-from wina.kernels import use_backend
+from wina.kernels import multiplies, use_backend
 from wina.layers import (
     SparsityCounter,
     change_vectors,
     lay_out_for_decode,
-    multiplies,
     phase_of,
     sparsify,
 )

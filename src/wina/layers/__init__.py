@@ -8,7 +8,7 @@ from wina.layers.phase import Phase
 from wina.layers.scoring import SparsityCounter, scoring
 from wina.layers.swap import change_vectors, densify, phase_of, sparsify
 from wina.layers.watch import ChangedWeightsWarning
-from wina.layers.widen import multiplies, widened
+from wina.layers.widen import widened
 
 __all__ = [
     "ChangedWeightsWarning",
@@ -22,7 +22,6 @@ __all__ = [
     "densify",
     "lay_out_for_decode",
     "measure_batches",
-    "multiplies",
     "opened",
     "phase_of",
     "scoring",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from wina.errors import UsageError
-from wina.kernels import dense_linear, sparse_linear
+from wina.kernels import dense_linear, multiplies, sparse_linear
 from wina.layers.foreign import dequantized, is_foreign, shape_of
 from wina.layers.phase import Phase
 from wina.layers.quantized import NO_THRESHOLDS, multiply
@@ -150,7 +150,7 @@ class RowsLinear(nn.Linear):
         found = None if vector is None else multiply(self, x, vector, self.bias)
         if found is not None:
             return found
-        if x.device.type == "cpu" and _are_few(x):
+        if x.device.type == "cpu" and (_are_few(x) or not multiplies(x.dtype)):
             return dense_linear(x, self.weight, self.bias)
         return super().forward(x)
 

@@ -12,24 +12,13 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-import torch
 from torch import nn
 
+from wina.kernels import multiplies
 from wina.layers.linear import read_by_others
 from wina.progress import note
 
 ROOM = 2.0  # times the bytes of the float32 weights: activations and gradients come to them
-
-
-def multiplies(dtype: torch.dtype) -> bool:
-    """Return whether torch multiplies matrices of a dtype on this processor at a good speed."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return True
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    known = torch.ops.mkldnn
-    brain = dtype == torch.bfloat16
-    return bool(known._is_mkldnn_bf16_supported() if brain else known._is_mkldnn_fp16_supported())
 
 
 @contextmanager
