@@ -155,7 +155,7 @@ def by_block(weight: QuantizedWeight, arena: Arena | None = None) -> QuantizedWe
         weight: as ``pack`` lays it out, on the CPU.
         arena: where the codes are put; None gives them memory of their own.
     """
-    blocks = weight.codes.unflatten(1, (-1, BLOCK_BYTES)).transpose(0, 1)
+    blocks = weight.codes.reshape(weight.shape[1], -1, BLOCK_BYTES).transpose(0, 1)
     room = (arena or Arena(chunk=0)).empty(blocks.shape, blocks.dtype)
     return weight._replace(codes=room.copy_(blocks))
 
