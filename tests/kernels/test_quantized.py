@@ -337,14 +337,17 @@ def test_bad_arguments_are_refused() -> None:
 
 @compiled
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)], ids=str
+)
 def test_a_quantized_models_blocks_run_in_one_call(
-    monkeypatch: pytest.MonkeyPatch, scheme: str
+    monkeypatch: pytest.MonkeyPatch, scheme: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     pytest.importorskip("torchao")
     torch.manual_seed(0)
     config = make_config("llama")
     config.hidden_size, config.intermediate_size, config.head_dim = 64, 96, 16
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     quantize(model, Scheme.parse(scheme))
     sparsify(model, make_plan(model, 0.4, bias=True))
     lay_out_for_decode(model)
@@ -362,7 +365,7 @@ def test_a_quantized_models_blocks_run_in_one_call(
     for _ in range(4):
         for one in (wanted, found):
             one.step()
-        torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.logits, wanted.logits, rtol=tolerance, atol=tolerance)
     assert found.mode == "compiled"
     assert len(numbers) == 1
 

@@ -276,10 +276,13 @@ def set_vectors(module: SparseLayer, vector: Tensor, sparse_bias: Tensor | None)
 
 
 def _bias_dtype(module: SparseLayer) -> torch.dtype:
-    own = module._parameters.get("bias")
-    if module.kernels or own is None:
-        return matrix(module).dtype if module.kernels else torch.get_default_dtype()
-    return own.dtype
+    """Return what a layer computes in; of another library's, the dtype of its bias or scales."""
+    if module.kernels:
+        return matrix(module).dtype
+    tensors = {**module._parameters, **module._buffers, module.vector_name: None}
+    given = [tensors.get("bias"), *tensors.values()]
+    floats = [x.dtype for x in given if x is not None and x.is_floating_point()]
+    return floats[0] if floats else torch.get_default_dtype()
 
 
 def refresh(module: SparseLayer) -> None:
