@@ -2,7 +2,8 @@
 
 Both decode the embedded model under its plan, uncompiled, on one device. For each token that
 follows, every linear's mask is compared; where the first one differs, the channel is printed with
-how far it lies from its threshold and how far rounding moved it.
+how far it lies from its threshold and how far rounding moved it. In 16 bits both are also compared
+with the reference kernels in float32 on the same weights and tokens: whose roundings are larger.
 
     python benchmarks/first_difference.py --tokens 20
     python benchmarks/first_difference.py --device cuda --dtype bfloat16
@@ -29,7 +30,10 @@ SHIPPED = Path(wina.plan.__file__).parent / "shipped" / "smollm2-135m-instruct" 
 Step = tuple[int, Tensor, dict[str, Tensor]]  # token, logits, each linear's input
 
 
-def decode(model: nn.Module, prompt: Tensor, tokens: int, backend: str) -> list[Step]:
+def decode(
+    model: nn.Module, prompt: Tensor, tokens: int, backend: str, forced: list[Step] | None = None
+) -> list[Step]:
+    """Decode greedily, or the tokens of ``forced``."""
     inputs: dict[str, Tensor] = {}
 
     def keep(name: str):
@@ -43,7 +47,9 @@ def decode(model: nn.Module, prompt: Tensor, tokens: int, backend: str) -> list[
         decoder = Decoder(model, prompt.shape[1] + tokens, mode="eager")
         decoder.prefill(prompt)
         steps = [(int(decoder.token), decoder.logits.clone(), {})]
-        for _ in range(tokens - 1):
+        for place in range(tokens - 1):
+            if forced is not None:
+                decoder.token.fill_(forced[place][0])
             inputs.clear()
             decoder.step()
             steps.append((int(decoder.token), decoder.logits.clone(), dict(inputs)))
@@ -52,7 +58,14 @@ def decode(model: nn.Module, prompt: Tensor, tokens: int, backend: str) -> list[
     return steps
 
 
-def flips(layers: list[tuple[str, SparseLayer]], ours: Step, theirs: Step) -> list[str]:
+def error(x: Tensor, exact: Tensor) -> str:
+    off = (x.double() - exact.double()).abs()
+    return f"{float(off.square().mean().sqrt()):.1e} (at most {float(off.max()):.1e})"
+
+
+def flips(
+    layers: list[tuple[str, SparseLayer]], ours: Step, theirs: Step, exact: Step
+) -> list[str]:
     lines = []
     for name, layer in layers:
         if name not in ours[2]:
@@ -62,7 +75,9 @@ def flips(layers: list[tuple[str, SparseLayer]], ours: Step, theirs: Step) -> li
             lines.append(
                 f"{name}, channel {j}, threshold {float(t[j]):.9g}: |x| - t is "
                 f"{float(x[j].abs() - t[j]):+.2e} here and {float(y[j].abs() - t[j]):+.2e} in the "
-                f"reference; inputs of this linear differ by up to {float((x - y).abs().max()):.1e}"
+                f"reference; the linear's inputs differ by up to {float((x - y).abs().max()):.1e} "
+                f"(from float32's by {error(x, exact[2][name])} here, "
+                f"{error(y, exact[2][name])} in the reference)"
             )
     return lines
 
@@ -76,17 +91,22 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
     model = load_model(options.model, dtype=options.dtype, device=options.device).model
-    sparsify(model, Plan.load(SHIPPED), check=options.model is None)
+    sparsify(model, Plan.load(SHIPPED))
     lay_out_for_decode(model)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (1, options.prompt), generator=generator)
     theirs = decode(model, prompt, options.tokens, "reference")
     ours = decode(model, prompt, options.tokens, options.device)
+    exact = decode(model.float(), prompt, options.tokens, "reference", theirs)
     layers = list(sparse_layers(model))
-    for place, (a, b) in enumerate(zip(ours, theirs, strict=True), 1):
-        found = flips(layers, a, b)
+    for place, (a, b, c) in enumerate(zip(ours, theirs, exact, strict=True), 1):
+        found = flips(layers, a, b, c)
         difference = float((a[1] - b[1]).abs().max())
-        print(f"token {place}: logits differ by {difference:.1e}, masks in {len(found)} channels")
+        print(
+            f"token {place}: logits differ by {difference:.1e} (from float32's by "
+            f"{error(a[1], c[1])} here, {error(b[1], c[1])} in the reference), "
+            f"masks in {len(found)} channels"
+        )
         if found:
             print("first:", found[0])
         if a[0] != b[0]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from wina.layers import SparsityCounter, scoring
+from wina.layers import SparsityCounter, scoring, widened
 from wina.plan import Plan
 from wina.progress import track
 
@@ -120,6 +120,7 @@ def score_plan(
     """
     totals = Totals()
     with (
+        widened(model),
         scoring(model, plan, dense_prefix) as phase,
         SparsityCounter(model, read_weights=True) as counter,
     ):

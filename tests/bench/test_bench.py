@@ -75,8 +75,8 @@ def test_a_benchmark_reports_what_it_measured(model: PreTrainedModel) -> None:
 def test_weights_are_prepacked_only_where_onednn_has_the_dtype(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run_module._packs(torch.float32)
-    monkeypatch.setattr(run_module, "_packs", lambda dtype: False)
+    assert run_module.multiplies(torch.float32)
+    monkeypatch.setattr(run_module, "multiplies", lambda dtype: False)
     settings = replace(SMALL, baselines=("prepacked",), compare_tokens=0)
     report = bench(
         model, lambda target: make_plan(model, target), settings, name="tiny", method="wina"

@@ -81,6 +81,11 @@ def test_crossover_is_measured_once_and_kept(
     for _ in range(2):
         crossover.ensure_crossover([(64, 96), (32, 40)], torch.float32)
     assert len(measured) == 2
+    other = tmp_path / "another build of the library"
+    other.write_bytes(b"")
+    monkeypatch.setattr(crossover, "PATH", other)
+    crossover.ensure_crossover([(32, 40)], torch.float32)
+    assert len(measured) == 3
     with pytest.raises(UsageError, match="float64"):
         cpu.set_crossover(torch.float64, 1, 1, 1)
 

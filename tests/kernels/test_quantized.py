@@ -30,7 +30,7 @@ from wina.kernels import (
     use_backend,
 )
 from wina.kernels.cpu import use_instruction_set
-from wina.kernels.quantized import dequantize, unpack
+from wina.kernels.quantized import by_block, dequantize, unpack
 from wina.layers import lay_out_for_decode, sparsify
 from wina.models.quantize import Scheme, quantize
 
@@ -54,6 +54,7 @@ class Case:
     dtype: torch.dtype
     rows: int
     sparsity: float
+    by_block: bool = False
 
     def weight(self) -> QuantizedWeight:
         generator = torch.Generator().manual_seed(self.seed)
@@ -68,7 +69,8 @@ class Case:
             zeros = torch.randint(-bound, bound, scales.shape, generator=generator).to(torch.int8)
         elif self.zeros == "minima" and self.bits == 4:
             zeros = torch.randn(scales.shape, generator=generator).to(self.dtype)
-        return pack(codes, scales, zeros, self.bits)
+        packed = pack(codes, scales, zeros, self.bits)
+        return by_block(packed) if self.by_block else packed
 
     def x(self) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed + 1)
@@ -95,6 +97,7 @@ CASES = st.builds(
     dtype=st.sampled_from(DTYPES),
     rows=st.sampled_from([0, 1, 2, 5]),
     sparsity=st.sampled_from([0.0, 0.5, 1.0]),
+    by_block=st.booleans(),
 )
 
 
@@ -334,14 +337,17 @@ def test_bad_arguments_are_refused() -> None:
 
 @compiled
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)], ids=str
+)
 def test_a_quantized_models_blocks_run_in_one_call(
-    monkeypatch: pytest.MonkeyPatch, scheme: str
+    monkeypatch: pytest.MonkeyPatch, scheme: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     pytest.importorskip("torchao")
     torch.manual_seed(0)
     config = make_config("llama")
     config.hidden_size, config.intermediate_size, config.head_dim = 64, 96, 16
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     quantize(model, Scheme.parse(scheme))
     sparsify(model, make_plan(model, 0.4, bias=True))
     lay_out_for_decode(model)
@@ -359,7 +365,7 @@ def test_a_quantized_models_blocks_run_in_one_call(
     for _ in range(4):
         for one in (wanted, found):
             one.step()
-        torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.logits, wanted.logits, rtol=tolerance, atol=tolerance)
     assert found.mode == "compiled"
     assert len(numbers) == 1
 

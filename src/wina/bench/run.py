@@ -27,8 +27,14 @@ from wina.bench.probe import Probe
 from wina.bench.report import Baseline, BenchReport, SparseResult
 from wina.errors import UsageError
 from wina.generation import Decoder
-from wina.kernels import use_backend
-from wina.layers import SparsityCounter, change_vectors, lay_out_for_decode, phase_of, sparsify
+from wina.kernels import multiplies, use_backend
+from wina.layers import (
+    SparsityCounter,
+    change_vectors,
+    lay_out_for_decode,
+    phase_of,
+    sparsify,
+)
 from wina.layers.linear import read_by_others, refresh, sparse_layers
 from wina.layers.quantized import packed, read
 from wina.models import find_sites
@@ -235,7 +241,7 @@ def _cannot(
         return "on the CPU only"
     if baseline == "tinygemm":
         return "of quantized weights only" if bits is None else tinygemm.unavailable(model)
-    if baseline == "prepacked" and not _packs(model.dtype):
+    if baseline == "prepacked" and not multiplies(model.dtype):
         return f"oneDNN has no {str(model.dtype).removeprefix('torch.')} on this processor"
     if baseline.startswith("llama.cpp"):
         if settings.batch > 1:
@@ -247,15 +253,6 @@ def _cannot(
     if needs_prompt and settings.context > LONGEST_PROMPT:
         return f"at contexts up to {LONGEST_PROMPT} only, which it must compute"
     return None
-
-
-def _packs(dtype: torch.dtype) -> bool:
-    """Return whether oneDNN computes in a dtype here; without it torch is many times slower."""
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return True
 
 
 def _baseline(

@@ -14,7 +14,7 @@ from wina.calibration.artifact import Calibration, Verdict
 from wina.calibration.collect import Sums, add_scores, score_counts
 from wina.criteria import Criterion, criteria
 from wina.errors import UsageError
-from wina.layers import SparsityCounter, scoring
+from wina.layers import SparsityCounter, scoring, widened
 from wina.measures import score_plan
 from wina.models import run_body
 from wina.plan import Plan
@@ -68,7 +68,8 @@ def make_plan(
 
     if allocation == "greedy":
         assert model is not None
-        fixed = _greedy(calibration, statistics, criterion, chosen, sparsity, model)
+        with widened(model):
+            fixed = _greedy(calibration, statistics, criterion, chosen, sparsity, model)
     else:
         fixed = None
         allocations.get(allocation)
@@ -97,7 +98,8 @@ def make_plan(
     if not refine or sparsity == 0:
         return plan
     assert model is not None
-    return _refined(calibration, statistics, criterion, plan, plan_from, model)
+    with widened(model):
+        return _refined(calibration, statistics, criterion, plan, plan_from, model)
 
 
 def default_allocation(calibration: Calibration) -> str:

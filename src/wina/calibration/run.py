@@ -45,7 +45,7 @@ from wina.calibration.text import SelfText, TextSource
 from wina.criteria import LinearFacts
 from wina.errors import UsageError, WinaError
 from wina.files import check_replaceable, read_tensors, work_folder, write_tensors, write_text
-from wina.layers import phase_of
+from wina.layers import phase_of, widened
 from wina.models import (
     Site,
     called_sites,
@@ -146,7 +146,7 @@ def calibrate(
         }
     )
     _window(model, settings, start, settings.held_out)
-    with work_folder(output, fingerprint, (PROGRESS, MARKER, TOKENS)) as folder:
+    with widened(model), work_folder(output, fingerprint, (PROGRESS, MARKER, TOKENS)) as folder:
         tokens, count = _tokens(model, tokenizer, source, start, settings, folder)
         held_out = min(settings.held_out, max(count - settings.tokens, count // 8))
         calibration_tokens = min(settings.tokens, count - held_out)

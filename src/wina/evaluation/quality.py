@@ -24,6 +24,7 @@ from wina.cost import token_bytes
 from wina.errors import UsageError
 from wina.evaluation.bounds import divergence, perplexity_increase
 from wina.files import kept
+from wina.layers import widened
 from wina.measures import Totals, compare, score_plan
 from wina.models import context_limit, start_ids
 from wina.plan import Plan, PlannedLinear
@@ -216,10 +217,11 @@ def _score_dense(
     model: PreTrainedModel, windows: Sequence[Tensor], dense_prefix: int
 ) -> DenseResult:
     totals = Totals()
-    for ids in track(windows, "dense", len(windows)):
-        ids = ids.to(model.device)
-        logits = model(ids, use_cache=False).logits[0, dense_prefix:-1]
-        totals += compare(logits, ids[0, dense_prefix + 1 :])
+    with widened(model):
+        for ids in track(windows, "dense", len(windows)):
+            ids = ids.to(model.device)
+            logits = model(ids, use_cache=False).logits[0, dense_prefix:-1]
+            totals += compare(logits, ids[0, dense_prefix + 1 :])
     return DenseResult(perplexity=totals.perplexity)
 
 

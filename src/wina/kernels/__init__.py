@@ -10,6 +10,7 @@ from wina.kernels.ops import (
     sparse_linear,
     sparse_linears,
 )
+from wina.kernels.products import multiplies
 from wina.kernels.quantized import QuantizedWeight, pack, quantized_linear
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "dense_linear",
     "drop_each",
     "most_likely",
+    "multiplies",
     "pack",
     "quantized_linear",
     "sparse_gated_mlp",

@@ -27,6 +27,7 @@ from wina.kernels.absorb import absorb
 from wina.kernels.attend import attend
 from wina.kernels.backends import available_backends, serves
 from wina.kernels.dense import use_dense
+from wina.kernels.products import multiplies
 
 OPS = torch.ops.wina
 LINEAR, QUANTIZED = OPS.sparse_linear, OPS.quantized_linear
@@ -80,11 +81,16 @@ def is_quantized(node: Any) -> bool:
 
 
 def _use_rows_kernel(node: Any) -> None:
-    """Compute a dense linear of a few rows on the CPU by wina's kernel, at memory's speed."""
+    """Compute a dense linear of a few rows on the CPU by wina's kernel, at memory's speed.
+
+    Of more rows, too, where torch is slow.
+    """
     x = node.args[0].meta.get("example_value") if _is_node(node.args[0]) else None
     if x is None or node.kwargs or x.device.type != "cpu" or x.dtype not in DTYPES:
         return
-    if "cpu" not in available_backends() or x.numel() > FEW * x.shape[-1]:
+    if "cpu" not in available_backends():
+        return
+    if x.numel() > FEW * x.shape[-1] and multiplies(x.dtype):
         return
     x, weight, *bias = node.args
     if is_traceable_wrapper_subclass(weight.meta.get("example_value")):

@@ -13,6 +13,9 @@ Within a block the outputs are ordered as a kernel unpacks them: 16-bit word w =
 (l < 4, h < 2, k < 4) holds, lowest first, the outputs 16 (2 i + h) + 4 l + k for i = 0, 1, ..., in
 nibbles (the code + 8) or bytes (the code). Interleaving the words of two channels' rows, lane by
 lane of 128 bits, then gives 16 consecutive outputs in a 512-bit register, or 8 in a 256-bit one.
+
+A weight of which nothing is dropped (a dense head on the CPU) has each block's codes of all
+channels together instead, see ``by_block``: so memory is read from one end to the other.
 """
 
 from __future__ import annotations
@@ -48,7 +51,8 @@ class QuantizedWeight(NamedTuple):
     """A linear's weight in the layout above.
 
     Attributes:
-        codes: (in_features, bytes of a row), int8 for 8 bits and uint8 for 4.
+        codes: (in_features, bytes of a row), int8 for 8 bits and uint8 for 4; or (blocks,
+            in_features, 64).
         scales: (groups, out_features), float32, float16 or bfloat16.
         zeros: (groups, out_features), int8: zero points; of the scales' dtype: minima; or empty.
     """
@@ -65,12 +69,12 @@ class QuantizedWeight(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        return self.scales.shape[1], self.codes.shape[0]
+        return self.scales.shape[1], self.codes.shape[-2]
 
     @property
     def group_size(self) -> int:
         """Input channels that share a scale."""
-        return self.codes.shape[0] // max(1, self.scales.shape[0])
+        return self.codes.shape[-2] // max(1, self.scales.shape[0])
 
     @property
     def code_bytes(self) -> int:
@@ -144,9 +148,23 @@ def pack(
     return QuantizedWeight(stored, scales.t().contiguous(), none)
 
 
+def by_block(weight: QuantizedWeight, arena: Arena | None = None) -> QuantizedWeight:
+    """Return a weight whose codes lie block by block: the kernels of the CPU alone read it.
+
+    Args:
+        weight: as ``pack`` lays it out, on the CPU.
+        arena: where the codes are put; None gives them memory of their own.
+    """
+    blocks = weight.codes.reshape(weight.shape[1], -1, BLOCK_BYTES).transpose(0, 1)
+    room = (arena or Arena(chunk=0)).empty(blocks.shape, blocks.dtype)
+    return weight._replace(codes=room.copy_(blocks))
+
+
 def unpack(weight: QuantizedWeight) -> Tensor:
     """Return the codes, shape (out_features, in_features), int8."""
     codes, out, width = weight.codes, *weight.shape
+    if codes.ndim == 3:
+        codes = codes.transpose(0, 1).flatten(1)
     if weight.bits == 4:
         codes = torch.stack((codes & 15, codes >> 4), -1).to(torch.int8) - 8
     words = codes.reshape(width, -1, 4, 2, 4, 16 // weight.bits)

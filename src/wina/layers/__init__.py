@@ -8,6 +8,7 @@ from wina.layers.phase import Phase
 from wina.layers.scoring import SparsityCounter, scoring
 from wina.layers.swap import change_vectors, densify, phase_of, sparsify
 from wina.layers.watch import ChangedWeightsWarning
+from wina.layers.widen import widened
 
 __all__ = [
     "ChangedWeightsWarning",
@@ -26,4 +27,5 @@ __all__ = [
     "scoring",
     "sparse_layers",
     "sparsify",
+    "widened",
 ]

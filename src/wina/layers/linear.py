@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from wina.errors import UsageError
-from wina.kernels import dense_linear, sparse_linear
+from wina.kernels import dense_linear, multiplies, sparse_linear
 from wina.layers.foreign import dequantized, is_foreign, shape_of
 from wina.layers.phase import Phase
 from wina.layers.quantized import NO_THRESHOLDS, multiply
@@ -150,7 +150,7 @@ class RowsLinear(nn.Linear):
         found = None if vector is None else multiply(self, x, vector, self.bias)
         if found is not None:
             return found
-        if x.device.type == "cpu" and _are_few(x):
+        if x.device.type == "cpu" and (_are_few(x) or not multiplies(x.dtype)):
             return dense_linear(x, self.weight, self.bias)
         return super().forward(x)
 
@@ -276,10 +276,13 @@ def set_vectors(module: SparseLayer, vector: Tensor, sparse_bias: Tensor | None)
 
 
 def _bias_dtype(module: SparseLayer) -> torch.dtype:
-    own = module._parameters.get("bias")
-    if module.kernels or own is None:
-        return matrix(module).dtype if module.kernels else torch.get_default_dtype()
-    return own.dtype
+    """Return what a layer computes in; of another library's, the dtype of its bias or scales."""
+    if module.kernels:
+        return matrix(module).dtype
+    tensors = {**module._parameters, **module._buffers, module.vector_name: None}
+    given = [tensors.get("bias"), *tensors.values()]
+    floats = [x.dtype for x in given if x is not None and x.is_floating_point()]
+    return floats[0] if floats else torch.get_default_dtype()
 
 
 def refresh(module: SparseLayer) -> None:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from wina.kernels.cpu import Arena
+from wina.kernels.quantized import by_block
 from wina.layers.foreign import is_foreign
 from wina.layers.linear import FALLBACKS, SparseLayer
 from wina.layers.quantized import NO_THRESHOLDS, drop, multiply, packed, read, store, store_dense
@@ -95,9 +96,11 @@ def pack_head(head: nn.Module, arena: Arena) -> None:
     """Let the kernels decode with a dense foreign linear, in place, if it is made of codes."""
     if not is_foreign(head):
         return
-    weight = read(head, arena)
+    weight = read(head)
     if weight is None:
         return
+    if weight.codes.device.type == "cpu":
+        weight = by_block(weight, arena)
     dense = type(head)
     members = {"dense_class": dense, "__module__": __name__}
     head.__class__ = type(f"Packed{dense.__name__}", (PackedLinear, dense), members)

@@ -12,6 +12,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from wina.layers import widened
+
 PROBE = (
     "The river rises in the hills to the north and flows south through the town, where it is "
     "crossed by three bridges. The oldest of them was built in 1782 and carries the main road. "
@@ -35,7 +37,8 @@ def start_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
         return list(added)
     text = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
     bos = [int(tokenizer.bos_token_id)]
-    return bos if _loss(model, bos, text) < _loss(model, [], text) - NATS else []
+    with widened(model):
+        return bos if _loss(model, bos, text) < _loss(model, [], text) - NATS else []
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from wina.calibration.artifact import Calibration
 from wina.calibration.planning import TOLERANCE, make_plan, realized_sparsity
 from wina.errors import UsageError, WinaError
 from wina.files import read_tensors, work_folder, write_tensors
+from wina.layers import widened
 from wina.measures import score_plan
 from wina.plan import Plan
 from wina.progress import bar, console
@@ -117,7 +118,7 @@ def tune(
             "settings": asdict(settings),
         }
     )
-    with work_folder(output, fingerprint, (STATE,)) as folder:
+    with widened(model), work_folder(output, fingerprint, (STATE,)) as folder:
         return _Tuner(model, calibration, statistics, start, settings, folder).run()
 
 

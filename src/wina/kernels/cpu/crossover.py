@@ -1,10 +1,11 @@
 """Up to how many rows (tokens) skipping rows of W beats the dense kernel on the masked input.
 
 Without a measurement the compiled default holds: 8 rows where wina's blocked product computes the
-rest (bfloat16 with AVX-512's pair products), else 32, where the row kernel and torch's dense one
-meet on a weight stored input-major (docs/kernels.md). ``measure_crossover`` replaces it for this
-machine, thread count and shape; the result is kept in the cache folder and read when the backend is
-loaded. ``ensure_crossover`` measures what is not known yet, before a batch is decoded.
+rest (16-bit weights on x86-64 without matrix units), else 32, where the row kernel and torch's
+dense one meet on a weight stored input-major (docs/kernels.md). ``measure_crossover`` replaces it
+for this machine, library, thread count and shape; the result is kept in the cache folder and read
+when the backend is loaded. ``ensure_crossover`` measures what is not known yet, before a batch is
+decoded.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ import torch
 from torch import Tensor
 
 from wina.files import cached, write_text
-from wina.kernels.cpu.library import DTYPES, input_major, instruction_set, set_crossover
+from wina.kernels.cpu.library import (
+    DTYPES,
+    PATH,
+    input_major,
+    instruction_set,
+    set_crossover,
+)
 
 ROWS = (4, 8, 12, 16, 24, 32, 48, 64)
 _NEVER, _ALWAYS = 0, 1 << 40
@@ -103,6 +110,7 @@ def _path() -> Path:
         instruction_set(),
         torch.__version__,
         torch.get_num_threads(),
+        hashlib.sha256(PATH.read_bytes()).hexdigest(),  # other kernels, other crossovers
     )
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     return cached("crossover", f"{key}.json")

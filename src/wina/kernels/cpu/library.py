@@ -101,20 +101,27 @@ class Arena:
         start, size = -(-self._used // 64) * 64, count * dtype.itemsize
         if start + size > len(self._memory):
             start, length = 0, max(size, self._chunk)
-            self._memory = mmap.mmap(-1, length)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                self._memory.madvise(mmap.MADV_HUGEPAGE)
+            self._memory = _memory(length)
         self._used = start + size
         piece = memoryview(self._memory)[start : start + size]
         weakref.finalize(piece, _give_back, self._memory, start, size).atexit = False
         return torch.frombuffer(piece, dtype=dtype).view(*shape)
 
 
+def _memory(length: int) -> mmap.mmap:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return mmap.mmap(-1, length)
+    # Private: systems seldom grant huge pages to memory that could be shared, Python's default.
+    memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
 def _give_back(memory: mmap.mmap, start: int, size: int) -> None:
     first, end = -(-start // mmap.PAGESIZE), (start + size) // mmap.PAGESIZE
-    if hasattr(mmap, "MADV_REMOVE") and first < end:
+    if hasattr(mmap, "MADV_HUGEPAGE") and first < end:  # private memory, see _memory
         with suppress(OSError):  # a kernel that cannot keeps them until the whole chunk is freed
-            memory.madvise(mmap.MADV_REMOVE, first * mmap.PAGESIZE, (end - first) * mmap.PAGESIZE)
+            memory.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (end - first) * mmap.PAGESIZE)
 
 
 def input_major(weight: Tensor, arena: Arena | None = None) -> Tensor:

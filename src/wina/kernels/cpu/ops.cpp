@@ -158,39 +158,54 @@ static std::vector<int64_t> result_sizes(const Tensor& x, int64_t out) {
 
 // --- the dense path ---
 
-// Up to four rows on a weight with contiguous rows: read it once, in its order.
+static bool torch_says(const char* op) {
+  Value stack[1] = {0};
+  return torch.torch_call_dispatcher(op, "", stack, abi_version) == 0 && (stack[0] & 1) != 0;
+}
+
+// Whether torch multiplies matrices of a dtype at a good speed: through oneDNN, if of 16 bits.
+static bool torch_multiplies(Dtype dtype) {
+  static const bool brain = torch_says("mkldnn::_is_mkldnn_bf16_supported");
+  static const bool half = torch_says("mkldnn::_is_mkldnn_fp16_supported");
+  return dtype == Dtype::bf16 ? brain : dtype == Dtype::f16 ? half : true;
+}
+
+// Rows at a time on a weight with contiguous rows, which is read once for them, in its order.
+constexpr int64_t dense_tokens = 4;
 static bool dots_pay(const Tensor& x, const Tensor& weight) {
-  int64_t rows = rows_of(x);
-  return dtype_of(x) != Dtype::f64 && rows > 0 && rows <= 4 && weight.dim() == 2 &&
-         weight.size(1) > 0 && (weight.stride(1) == 1 || weight.size(1) < 2);
+  const int64_t rows = rows_of(x);
+  return dtype_of(x) != Dtype::f64 && rows > 0 && weight.dim() == 2 && weight.size(1) > 0 &&
+         (weight.stride(1) == 1 || weight.size(1) < 2) &&
+         (rows <= dense_tokens || !torch_multiplies(dtype_of(x)));
 }
 
 static Tensor dense_rows(const Tensor& x, const Tensor& weight, const Tensor* bias) {
   const Dtype dtype = dtype_of(x);
-  const int64_t in = x.size(-1), out = weight.size(0), width = bytes_of(dtype);
-  const int real = int(rows_of(x)), tokens = real == 1 ? 1 : real == 2 ? 2 : real <= 4 ? 4 : 8;
-  thread_local Scratch scratch;
-  float* wide = scratch.get<float>(tokens * (in + padded(in) + out) + 64);
-  float* arranged = wide + tokens * in;
-  float* sums = arranged + tokens * padded(in);
-  std::memset(wide, 0, size_t(tokens) * in * sizeof(float));
-  kernels->widen(dtype, x.data(), wide, real * in);
-  kernels->arrange(dtype, wide, tokens, in, arranged);
-  std::vector<int64_t> sizes = x.sizes();
-  sizes.back() = out;
-  Tensor result = Tensor::empty(sizes, x.dtype());
+  const int64_t in = x.size(-1), out = weight.size(0), rows = rows_of(x), width = bytes_of(dtype);
+  Tensor result = Tensor::empty(result_sizes(x, out), x.dtype());
   const char* b = bias == nullptr ? nullptr : static_cast<const char*>(bias->data());
-  int64_t parts = parts_for(in * out);
-  parallel(parts, [&](int64_t part) {
-    auto [first, last] = share(out, part, parts);
-    if (first == last) return;
-    kernels->dots(dtype, weight.data(), weight.stride(0), nullptr, arranged, tokens, in, first,
-                  last, sums, out);
-    for (int t = 0; t < real; ++t)
-      kernels->finish(dtype, sums + t * out + first, b ? b + first * width : nullptr,
-                      static_cast<char*>(result.data()) + (t * out + first) * width,
-                      last - first);
-  });
+  const int64_t parts = parts_for(in * out);
+  thread_local Scratch scratch;
+  float* wide = scratch.get<float>(dense_tokens * (in + padded(in) + out) + 64);
+  float* arranged = wide + dense_tokens * in;
+  float* sums = arranged + dense_tokens * padded(in);
+  for (int64_t row = 0; row < rows; row += dense_tokens) {
+    const int real = int(std::min(dense_tokens, rows - row)), tokens = real == 3 ? 4 : real;
+    const char* from = static_cast<const char*>(x.data()) + row * in * width;
+    char* to = static_cast<char*>(result.data()) + row * out * width;
+    std::memset(wide, 0, size_t(tokens) * in * sizeof(float));
+    kernels->widen(dtype, from, wide, real * in);
+    kernels->arrange(dtype, wide, tokens, in, arranged);
+    parallel(parts, [&](int64_t part) {
+      auto [first, last] = share(out, part, parts);
+      if (first == last) return;
+      kernels->dots(dtype, weight.data(), weight.stride(0), nullptr, arranged, tokens, in, first,
+                    last, sums, out);
+      for (int t = 0; t < real; ++t)
+        kernels->finish(dtype, sums + t * out + first, b ? b + first * width : nullptr,
+                        to + (t * out + first) * width, last - first);
+    });
+  }
   return result;
 }
 
@@ -249,9 +264,9 @@ static Tensor masked(const Tensor& x, const float* thresholds) {
   Dtype dtype = dtype_of(x);
   const char* from = static_cast<const char*>(x.data());
   char* to = static_cast<char*>(result.data());
-  int64_t parts = std::min(rows, parts_for(in * rows));
-  parallel(std::max<int64_t>(parts, 1), [&](int64_t part) {
-    for (int64_t r = rows * part / parts; parts > 0 && r < rows * (part + 1) / parts; ++r)
+  const int64_t parts = std::max<int64_t>(1, std::min(rows, parts_for(in * rows)));
+  parallel(parts, [&](int64_t part) {
+    for (int64_t r = rows * part / parts; r < rows * (part + 1) / parts; ++r)
       kernels->drop(dtype, from + r * row, thresholds, to + r * row, in);
   });
   return result;
@@ -271,9 +286,9 @@ static Tensor drop_each(Tensor x, const Tensor& thresholds) {
   const float* vectors = static_cast<const float*>(thresholds.data());
   const char* from = static_cast<const char*>(x.data());
   char* to = static_cast<char*>(result.data());
-  const int64_t parts = std::min(rows, parts_for(in * rows * count));
-  parallel(std::max<int64_t>(parts, 1), [&](int64_t part) {
-    for (int64_t r = rows * part / parts; parts > 0 && r < rows * (part + 1) / parts; ++r)
+  const int64_t parts = std::max<int64_t>(1, std::min(rows, parts_for(in * rows * count)));
+  parallel(parts, [&](int64_t part) {
+    for (int64_t r = rows * part / parts; r < rows * (part + 1) / parts; ++r)
       for (int64_t i = 0; i < count; ++i)
         kernels->drop(dtype, from + r * row, vectors + i * in, to + (i * rows + r) * row, in);
   });

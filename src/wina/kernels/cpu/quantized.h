@@ -25,8 +25,9 @@ struct Step {
 enum class Zeros : int { none, points, minima };
 
 struct QuantizedProjection {
-  const uint8_t* codes;  // (in, row)
-  int64_t row;           // bytes
+  const uint8_t* codes;
+  int64_t row;           // bytes from a channel's codes to the next one's
+  int64_t block;         // bytes from a block of codes to the next one of the same channel
   int bits;              // 8 or 4
   const void* scales;    // (groups, out)
   Dtype scales_dtype;

@@ -14,6 +14,7 @@ namespace wina::WINA_QUANTIZED_SPACE {
 constexpr int vector_bytes = sizeof(Vector);
 constexpr int vector_lanes = vector_bytes / 4;
 constexpr int64_t tile_outputs = 4096;  // float32 sums that stay in a first-level cache
+constexpr int64_t blocks_at_once = vector_bytes / 32;
 constexpr int64_t ahead = 32;  // rows between one that is read and one that is fetched
 
 WINA_QUANTIZED_INLINE int32_t pair_at(const int16_t* x) {
@@ -23,11 +24,11 @@ WINA_QUANTIZED_INLINE int32_t pair_at(const int16_t* x) {
 }
 
 // Add x of one step to the sums of the outputs in `wide` vectors of codes, which begin `offset`
-// bytes into the rows: sums[i][h] of each vector, see the layout. The rows in `next` are fetched
-// meanwhile.
-template <int bits, int wide>
+// bytes into the rows and whose blocks are `block` bytes apart: sums[i][h] of each vector, see the
+// layout. With `fetch` the rows in `next` are fetched meanwhile.
+template <int bits, int wide, bool fetch>
 WINA_QUANTIZED_INLINE void add_step(const uint8_t* const* rows, const uint8_t* const* next, int n,
-                                    const int16_t* x, int64_t offset,
+                                    const int16_t* x, int64_t offset, int64_t block,
                                     Vector (&sums)[wide * 32 / bits]) {
   constexpr int each = 32 / bits;
   const Vector low = fill16(bits == 4 ? 0x000f : 0x00ff), high = fill16(0x00f0);
@@ -37,10 +38,12 @@ WINA_QUANTIZED_INLINE void add_step(const uint8_t* const* rows, const uint8_t* c
     const Vector values = fill32(pair_at(x + r));
 #pragma GCC unroll 4
     for (int v = 0; v < wide; ++v) {
-      const Vector one = load(a + v * vector_bytes), other = load(b + v * vector_bytes);
-      if (v * vector_bytes % 64 == 0) {
-        __builtin_prefetch(c + v * vector_bytes, 0, 2);
-        __builtin_prefetch(d + v * vector_bytes, 0, 2);
+      constexpr int parts = code_block / vector_bytes;
+      const int64_t place = v / parts * block + v % parts * vector_bytes;
+      const Vector one = load(a + place), other = load(b + place);
+      if (fetch && v % parts == 0) {
+        __builtin_prefetch(c + place, 0, 2);
+        __builtin_prefetch(d + place, 0, 2);
       }
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) {
@@ -61,27 +64,30 @@ WINA_QUANTIZED_INLINE void add_step(const uint8_t* const* rows, const uint8_t* c
   }
 }
 
-// `left` scales (or minima, or zero points) from number i on; beyond `left` zeros.
-WINA_QUANTIZED_INLINE Floats scales_at(const void* from, Dtype dtype, int64_t i, int64_t left) {
-  if (left >= vector_lanes) return load_scales(from, dtype, i);
+// Scales (or minima, or zero points) from number i on; `whole` if all of a register's are there,
+// else `left` and then zeros.
+template <Dtype dtype, bool whole>
+WINA_QUANTIZED_INLINE Floats scales_at(const void* from, int64_t i, int64_t left) {
+  if (whole || left >= vector_lanes) return load_scales(from, dtype, i);
   float part[vector_lanes] = {};
   for (int64_t k = 0; k < left; ++k) part[k] = scale_at(from, dtype, i + k);
   return load_floats(part);
 }
+template <bool whole>
 WINA_QUANTIZED_INLINE Floats points_at(const void* from, int64_t i, int64_t left) {
   const int8_t* points = static_cast<const int8_t*>(from) + i;
-  if (left >= vector_lanes) return load_points(points);
+  if (whole || left >= vector_lanes) return load_points(points);
   float part[vector_lanes] = {};
   for (int64_t k = 0; k < left; ++k) part[k] = points[k];
   return load_floats(part);
 }
 
 // Fetch the scales (and zeros) of `count` outputs in a group.
-template <Zeros zeros>
+template <Zeros zeros, Dtype dtype>
 WINA_QUANTIZED_INLINE void fetch_scales(const QuantizedProjection& p, int64_t group, int64_t first,
                                         int64_t count) {
   if (group >= p.groups) return;
-  const int64_t width = bytes_of(p.scales_dtype), place = group * p.out + first;
+  const int64_t width = bytes_of(dtype), place = group * p.out + first;
   auto fetch = [&](const void* from, int64_t bytes) __attribute__((always_inline)) {
     const char* at = static_cast<const char*>(from) + place * bytes;
     for (int64_t i = 0; i < count * bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
@@ -90,13 +96,12 @@ WINA_QUANTIZED_INLINE void fetch_scales(const QuantizedProjection& p, int64_t gr
   if (zeros != Zeros::none) fetch(p.zeros, zeros == Zeros::points ? 1 : width);
 }
 
-// Add a step to the float32 sums of outputs [c, end) in `wide` vectors; part is the first vector's
-// place in its block.
-template <int bits, Zeros zeros, int wide>
+// Add a step to the float32 sums of outputs from c on, in `wide` vectors, the first of which is
+// number `part` of its block; `whole` if all of their outputs are below `end`.
+template <int bits, Zeros zeros, Dtype dtype, int wide, int part, bool whole>
 WINA_QUANTIZED_INLINE void add_vectors(const QuantizedProjection& p, const Step& step,
                                        const uint8_t* const* rows, const uint8_t* const* next,
-                                       const int16_t* x, int64_t c, int part, int64_t end,
-                                       float* sums) {
+                                       const int16_t* x, int64_t c, int64_t end, float* sums) {
   constexpr int64_t outputs = code_block * 8 / bits;
   constexpr int each = 32 / bits, parts = code_block / vector_bytes;
   Vector found[wide * each];
@@ -105,37 +110,49 @@ WINA_QUANTIZED_INLINE void add_vectors(const QuantizedProjection& p, const Step&
 #pragma GCC unroll 32
   for (int i = 0; i < wide * each; ++i)
     found[i] = above ? fill32(-8 * step.sum * (i % each / 2 % 2 ? 16 : 1)) : fill32(0);
-  add_step<bits, wide>(rows, next, step.rows, x,
-                       c / outputs * code_block + part * vector_bytes, found);
+  add_step<bits, wide, part == 0>(rows, next, step.rows, x,
+                                  c / outputs * p.block + part * vector_bytes, p.block, found);
   const float x_sum = step.scale * float(step.sum);
   const int64_t group = int64_t(step.group) * p.out;
-  fetch_scales<zeros>(p, step.group + 2, c, wide * outputs);
+  if (part == 0)  // of the block's other vectors, too
+    fetch_scales<zeros, dtype>(p, step.group + 2, c, (wide + parts - 1) / parts * outputs);
 #pragma GCC unroll 32
   for (int i = 0; i < wide * each; ++i) {
     const int v = part + i / each;
     const int64_t place = c + v / parts * outputs + 16 * (i % each) + v % parts * vector_lanes;
-    if (place >= end) continue;
+    if (!whole && place >= end) continue;
     const float by = bits == 4 && i % each / 2 % 2 ? step.scale / 16 : step.scale;
     const int64_t left = p.out - place;
     float* to = sums + place;
     Floats sum = to_floats(found[i]) * fill_floats(by);
     if (zeros == Zeros::points)
-      sum = sum - points_at(p.zeros, group + place, left) * fill_floats(x_sum);
-    Floats total =
-        load_floats(to) + sum * scales_at(p.scales, p.scales_dtype, group + place, left);
+      sum = sum - points_at<whole>(p.zeros, group + place, left) * fill_floats(x_sum);
+    Floats total = load_floats(to) + sum * scales_at<dtype, whole>(p.scales, group + place, left);
     if (zeros == Zeros::minima)
-      total = total + scales_at(p.zeros, p.scales_dtype, group + place, left) * fill_floats(x_sum);
+      total = total + scales_at<dtype, whole>(p.zeros, group + place, left) * fill_floats(x_sum);
     store_floats(to, total);
   }
 }
 
-template <int bits, Zeros zeros>
+// The same for all outputs of the blocks that `wide` vectors touch.
+template <int bits, Zeros zeros, Dtype dtype, int wide, bool whole>
+WINA_QUANTIZED_INLINE void add_blocks(const QuantizedProjection& p, const Step& step,
+                                      const uint8_t* const* rows, const uint8_t* const* next,
+                                      const int16_t* x, int64_t c, int64_t end, float* sums) {
+  add_vectors<bits, zeros, dtype, wide, 0, whole>(p, step, rows, next, x, c, end, sums);
+  if (wide * vector_bytes < code_block)
+    add_vectors<bits, zeros, dtype, wide, 1, whole>(p, step, rows, next, x, c, end, sums);
+}
+
+template <int bits, Zeros zeros, Dtype dtype>
 WINA_QUANTIZED_TARGET static void project_tile(const QuantizedProjection& p, const Step* steps,
                                                int64_t count, const int32_t* rows,
                                                const int16_t* x, int64_t begin, int64_t end,
                                                float* sums) {
   constexpr int64_t outputs = code_block * 8 / bits;
-  constexpr int parts = code_block / vector_bytes;  // vectors of a block
+  // As many vectors as registers hold the sums of: two of 512 bits, of 256 bits two or one.
+  constexpr int wide = vector_bytes == 64 || bits == 8 ? 2 : 1;
+  constexpr int64_t step_outputs = blocks_at_once * outputs;
   const int64_t all = count > 0 ? steps[count - 1].first + steps[count - 1].rows : 0;
   const uint8_t *at[most_rows], *next[most_rows];
   for (int64_t s = 0; s < count; ++s) {
@@ -147,12 +164,11 @@ WINA_QUANTIZED_TARGET static void project_tile(const QuantizedProjection& p, con
     }
     const int16_t* values = x + step.first;
     int64_t c = begin;
-    if (parts == 1)  // the registers of 512 bits suffice for two
-      for (; c + outputs < end; c += 2 * outputs)
-        add_vectors<bits, zeros, 2>(p, step, at, next, values, c, 0, end, sums - begin);
+    for (; c + step_outputs <= end; c += step_outputs)
+      add_blocks<bits, zeros, dtype, wide, true>(p, step, at, next, values, c, end, sums - begin);
     for (; c < end; c += outputs)
-      for (int part = 0; part < parts; ++part)
-        add_vectors<bits, zeros, 1>(p, step, at, next, values, c, part, end, sums - begin);
+      add_blocks<bits, zeros, dtype, vector_bytes == 64 ? 1 : wide, false>(
+          p, step, at, next, values, c, end, sums - begin);
   }
 }
 
@@ -161,11 +177,17 @@ WINA_QUANTIZED_TARGET static void project(const QuantizedProjection& p, const St
                                           int64_t begin, int64_t end, float* sums) {
   const int64_t whole = (end - begin + vector_lanes - 1) / vector_lanes * vector_lanes;
   std::memset(sums, 0, size_t(whole) * sizeof(float));
-  for (int64_t c = begin; c < end; c += tile_outputs) {
-    const int64_t stop = c + tile_outputs < end ? c + tile_outputs : end;
+  // Where a block's codes of all channels lie together, block by block is how memory is read.
+  const int64_t tile =
+      p.block == code_block ? tile_outputs : blocks_at_once * block_outputs(p.bits);
+  for (int64_t c = begin; c < end; c += tile) {
+    const int64_t stop = c + tile < end ? c + tile : end;
     float* to = sums + (c - begin);
-#define WINA_TILE(bits, zeros) \
-  project_tile<bits, zeros>(p, steps, count, rows, x, c, stop, to)
+#define WINA_TILE(bits, zeros)                                                              \
+  (p.scales_dtype == Dtype::f32   ? project_tile<bits, zeros, Dtype::f32>                   \
+   : p.scales_dtype == Dtype::f16 ? project_tile<bits, zeros, Dtype::f16>                   \
+                                  : project_tile<bits, zeros, Dtype::bf16>)(               \
+      p, steps, count, rows, x, c, stop, to)
     if (p.bits == 4) {
       switch (p.zeros_kind) {
         case Zeros::none: WINA_TILE(4, Zeros::none); break;

@@ -21,14 +21,18 @@ static QuantizedProjection quantized_projection(const std::vector<Tensor>& weigh
   const Tensor &codes = weights[3 * i], &scales = weights[3 * i + 1], &zeros = weights[3 * i + 2];
   const bool bytes = codes.dtype() == torch.aoti_torch_dtype_int8();
   check(bytes || codes.dtype() == torch.aoti_torch_dtype_uint8(), "codes must be int8 or uint8");
-  check(codes.dim() == 2 && scales.dim() == 2 && (codes.size(1) < 2 || codes.stride(1) == 1) &&
-            scales.is_contiguous() && zeros.is_contiguous(),
-        "scales and zeros must be contiguous matrices, and rows of codes contiguous");
+  const bool by_block = codes.dim() == 3;
+  check(by_block ? codes.is_contiguous() && codes.size(2) == code_block
+                 : codes.dim() == 2 && (codes.size(1) < 2 || codes.stride(1) == 1),
+        "codes must be contiguous blocks, or rows that are contiguous");
+  check(scales.dim() == 2 && scales.is_contiguous() && zeros.is_contiguous(),
+        "scales and zeros must be contiguous matrices");
   const int bits = bytes ? 8 : 4;
   const int64_t out = scales.size(1), groups = scales.size(0);
-  const int64_t columns = block_outputs(bits);
-  check(codes.size(0) == in, "a quantized weight must have a row of codes for each channel of x");
-  check(codes.size(1) == (out + columns - 1) / columns * code_block,
+  const int64_t blocks = (out + block_outputs(bits) - 1) / block_outputs(bits);
+  check(codes.size(by_block ? 1 : 0) == in,
+        "a quantized weight must have a row of codes for each channel of x");
+  check(by_block ? codes.size(0) == blocks : codes.size(1) == blocks * code_block,
         "a row of codes must be the blocks that the scales' outputs need");
   check(groups > 0 && in % groups == 0, "groups of channels must be of one size");
   const Dtype dtype = dtype_of(scales);
@@ -41,8 +45,9 @@ static QuantizedProjection quantized_projection(const std::vector<Tensor>& weigh
     check(points || bits == 4, "codes of 8 bits have zero points, not minima");
     kind = points ? Zeros::points : Zeros::minima;
   }
-  return {static_cast<const uint8_t*>(codes.data()), codes.stride(0), bits, scales.data(), dtype,
-          zeros.data(), kind, in, out, groups};
+  return {static_cast<const uint8_t*>(codes.data()), by_block ? code_block : codes.stride(0),
+          by_block ? in * code_block : code_block, bits, scales.data(), dtype, zeros.data(), kind,
+          in, out, groups};
 }
 
 static void check_bias(const Tensor& x, int64_t out, const Tensor* bias) {

@@ -32,7 +32,7 @@ static void project(const QuantizedProjection& p, const Step* steps, int64_t cou
       int32_t found[4 * words] = {};
       for (int32_t r = 0; r < step.rows; ++r) {
         const uint8_t* codes =
-            p.codes + rows[step.first + r] * p.row + c / outputs * code_block;
+            p.codes + rows[step.first + r] * p.row + c / outputs * p.block;
         if (p.bits == 4) add_row<4>(codes, x[step.first + r], found);
         else add_row<8>(codes, x[step.first + r], found);
       }
