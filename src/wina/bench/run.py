@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch._inductor import config as inductor
 from transformers import PreTrainedModel
 
 from wina.allocation.build import versions
@@ -277,10 +276,7 @@ def _baseline(
         model = _twin(model)
         tinygemm.use_tinygemm(model)
     make = prepacked if baseline == "prepacked" else decoder_at
-    # Without it inductor writes a dequantized weight to memory before the product of one row.
-    fused = baseline == "own-compiled" and bool(read_by_others(model))
-    with inductor.patch(coordinate_descent_tuning=fused):
-        decoder, seconds = make(model, prompt, settings.context, settings.tokens, "compiled")
+    decoder, seconds = make(model, prompt, settings.context, settings.tokens, "compiled")
     if baseline == "own-compiled":
         prefill["dense"] = seconds
     return own_loop(decoder, settings.context)
