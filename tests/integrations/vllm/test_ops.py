@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from wina.errors import UsageError
@@ -134,6 +136,21 @@ def check_bits(rows: str, x: Tensor, weight: Tensor, thresholds: Tensor, *biases
             start(True)
             alone = ops.batch_linear(x[place][None], weight, thresholds, SIZES, bias, extra)
             assert torch.equal(alone[0], together[place])
+
+
+def test_views_of_a_weight_follow_it_and_do_not_keep_it() -> None:
+    x, first, thresholds, *_ = case(1)
+    weight = nn.Parameter(first, requires_grad=False)
+    start(True)
+    before = ops.batch_linear(x, weight, thresholds, SIZES, None, None)
+    weight.data = input_major(2 * first)  # as when weights are loaded anew
+    thresholds.zero_()
+    assert_close(ops.batch_linear(x, weight, thresholds, SIZES, None, None), 2 * x @ first.t())
+    assert not torch.equal(before, x @ first.t())
+    alive = weakref.ref(weight)
+    del weight
+    gc.collect()
+    assert alive() is None
 
 
 def test_opaque_to_compile() -> None:
