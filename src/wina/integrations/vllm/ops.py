@@ -82,21 +82,19 @@ def _on_cpu(
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.device.type != "cpu" or weight.stride(0) != 1:
         return functional.linear(x, weight, bias)
-    if _exact(x):
+    if x.dtype == torch.float32:
         return _same_sums(x, weight, bias)
-    if len(x) > FEW and (products := products_of(weight)) is not None:
+    many = len(x) > FEW and not BATCH.exact
+    if many and (products := products_of(weight)) is not None:
         return _join([product(x) for product in products], bias)
     return dense_linear(x, weight, bias)
 
 
-def _exact(x: Tensor) -> bool:
-    return x.dtype == torch.float32 or BATCH.exact
-
-
 def _same_sums(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return W x + b, each row with the same bits whatever the number of rows.
+    """Return W x + b in float32, each row with the same bits whatever the number of rows.
 
-    The libraries have other kernels for a few rows a thread, which sum in another order.
+    The libraries have other kernels for a few rows a thread, which sum in another order. (In 16
+    bits ``dense_linear`` has one kernel for any number, where the crossover says so.)
     """
     count, least = len(x), ROWS_A_THREAD * torch.get_num_threads()
     if count < least:
@@ -110,7 +108,7 @@ def _same_sums(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _sparse(
     x: Tensor, weight: Tensor, thresholds: Tensor, sizes: list[int], bias: Tensor | None
 ) -> Tensor:
-    many = len(x) > SKIPPED and not _exact(x)
+    many = len(x) > SKIPPED and x.dtype != torch.float32 and not BATCH.exact
     if many and (products := products_of(weight)) is not None:
         masked = drop_each(x, thresholds)
         return _join([product(x) for product, x in zip(products, masked, strict=True)], bias)
