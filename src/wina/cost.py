@@ -16,15 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from wina.criteria.wina_kgate import KINDS_WITH_NORMS
 from wina.errors import UsageError
 from wina.layers import SparsityCounter
 from wina.layers.quantized import stored
-from wina.models import Site, find_sites
+from wina.models import Site, find_sites, skeleton
 from wina.plan import Plan
 from wina.selection import check_sparsity
 
@@ -121,7 +120,7 @@ def token_cost(
         UsageError: a bad sparsity, or an architecture that cannot be counted.
     """
     check_sparsity(sparsity)
-    model = _skeleton(config)
+    model = skeleton(config)
     sites = find_sites(model)
 
     def weights(count: float) -> Part:
@@ -168,7 +167,7 @@ def token_bytes(
 def _weight_bytes(module: nn.Module | None, weights: float, width: int) -> float:
     # A fused expert is a module of its own only while it is looked into; its weight is of floats.
     found = None if module is None else stored(module)
-    return weights * width if found is None else found.code_bytes + found.scale_bytes
+    return weights * width if found is None else found.bytes_read()
 
 
 def extra_bytes(plan: Plan, width: int) -> float:
@@ -189,17 +188,6 @@ def extra_bytes(plan: Plan, width: int) -> float:
         elif not name.endswith(".basis_scale"):  # it is multiplied into the rotation
             gates += width * part.numel()
     return gates
-
-
-def _skeleton(config: Any) -> nn.Module:
-    """Return the model without storage."""
-    try:
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # configs of others may fail in any way
-        kind = getattr(config, "model_type", type(config).__name__)
-        raise UsageError(f"no causal language model of type {kind!r} to count: {error}") from error
-    return model
 
 
 def _head_weights(model: nn.Module) -> int:

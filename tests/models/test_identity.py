@@ -1,4 +1,5 @@
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tests.helpers import make_model, make_plan
 from wina.errors import WinaError
 from wina.layers import sparsify
-from wina.models import identify
+from wina.models import identify, identity
 from wina.models.identity import files_hash
 
 
@@ -74,6 +75,29 @@ def test_files_have_the_hash_of_the_model(
     with torch.no_grad():
         next(model.parameters())[0, 0] += 1
     model.save_pretrained(tmp_path, max_shard_size=shards)
+    assert files_hash(tmp_path, model.config) == identify(model, "m").weights_hash
+
+
+def test_files_are_read_once(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    monkeypatch.setattr(identity, "_digest", lambda tensor: str(read.append(tensor)))
+    model.save_pretrained(tmp_path)
+    file, count = tmp_path / "model.safetensors", len(list(model.parameters()))
+    found = files_hash(tmp_path, model.config)
+    assert files_hash(tmp_path, model.config) == found
+    assert len(read) == count
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+    assert files_hash(tmp_path, model.config) == found
+    assert len(read) == 2 * count
+
+
+def test_a_cache_that_cannot_be_written(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.save_pretrained(tmp_path)
+    monkeypatch.setenv("WINA_CACHE", str(tmp_path / "config.json"))
     assert files_hash(tmp_path, model.config) == identify(model, "m").weights_hash
 
 

@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, ViTConfig
 
 from tests import families
 from tests.helpers import make_model, make_tokenizer
-from wina.errors import WinaError
-from wina.models import identify, load_model
+from wina.errors import UsageError, WinaError
+from wina.models import identify, load_model, skeleton
 from wina.models.loading import folder_of, load_config
 
 
@@ -120,3 +120,13 @@ def test_where_other_programs_load_from(qwen3: Path, tmp_path: Path) -> None:
     assert folder_of("some/model") == "some/model"
     with pytest.raises(WinaError, match="holds no model"):
         folder_of(str(tmp_path))
+
+
+def test_a_skeleton_has_names_and_shapes_but_no_storage(model: PreTrainedModel) -> None:
+    found = skeleton(model.config)
+    assert {x: y.shape for x, y in found.state_dict().items()} == {
+        x: y.shape for x, y in model.state_dict().items()
+    }
+    assert all(parameter.is_meta for parameter in found.parameters())
+    with pytest.raises(UsageError, match="no causal language model of type 'vit'"):
+        skeleton(ViTConfig())

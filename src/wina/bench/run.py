@@ -35,7 +35,7 @@ from wina.layers import (
     sparsify,
 )
 from wina.layers.linear import read_by_others, refresh, sparse_layers
-from wina.layers.quantized import packed, read
+from wina.layers.quantized import packed, read, stored
 from wina.models import find_sites
 from wina.plan import Plan
 from wina.progress import note, track
@@ -422,15 +422,14 @@ def _weight_bytes(model: nn.Module, counter: SparsityCounter | None = None) -> f
     head = model.get_output_embeddings()  # type: ignore[operator]
     total = 0.0
     for name, module in model.named_modules():
-        weight = packed(module)
+        weight = None if packed(module) is None else stored(module)
         if weight is not None:
-            total += weight.code_bytes * (1 - shares.get(name, 0.0))
-            total += weight.scale_bytes * (1 - idle.get(name, 0.0))
+            total += weight.bytes_read(shares.get(name, 0.0), idle.get(name, 0.0))
         for kind, parameter in module.named_parameters(recurse=False):
             size = parameter.numel() * parameter.element_size()
             if isinstance(module, nn.Embedding):
                 total += size / module.num_embeddings
-            elif kind == "weight" and packed(module) is not None:
+            elif kind == "weight" and weight is not None:
                 continue
             elif kind == "weight" and (name in linears or module is head):
                 total += size * (1 - shares.get(name, 0.0))

@@ -73,6 +73,15 @@ class Stored(NamedTuple):
     scale_bytes: int
     groups: int
 
+    def bytes_read(self, dropped: float = 0.0, idle: float = 0.0) -> float:
+        """Return the bytes that a token reads.
+
+        Args:
+            dropped: share of channels that are dropped.
+            idle: share of groups without a kept channel, whose scales are not read either.
+        """
+        return self.code_bytes * (1 - dropped) + self.scale_bytes * (1 - idle)
+
 
 _STORED: WeakKeyDictionary[nn.Module, Stored | None] = WeakKeyDictionary()
 
@@ -80,19 +89,20 @@ _STORED: WeakKeyDictionary[nn.Module, Stored | None] = WeakKeyDictionary()
 def stored(module: nn.Module) -> Stored | None:
     """Return what a linear's weight takes; None if it is not made of codes and scales.
 
-    A linear is read once, laid out or not.
+    A linear that is not laid out is read once.
     """
+    laid_out = packed(module)
+    if laid_out is not None:
+        return _size(laid_out)
     if module not in _STORED:
-        weight = packed(module)
         linear = isinstance(getattr(module, "out_features", None), int)
-        if weight is None and linear and plain_weight(module) is None:
-            weight = read(module)
-        _STORED[module] = (
-            None
-            if weight is None
-            else Stored(weight.code_bytes, weight.scale_bytes, len(weight.scales))
-        )
+        weight = read(module) if linear and plain_weight(module) is None else None
+        _STORED[module] = None if weight is None else _size(weight)
     return _STORED[module]
+
+
+def _size(weight: QuantizedWeight) -> Stored:
+    return Stored(weight.code_bytes, weight.scale_bytes, len(weight.scales))
 
 
 def store(module: nn.Module, weight: QuantizedWeight) -> None:

@@ -154,8 +154,7 @@ class SparsityCounter:
             in_features, out_features = self._shape[name]
             found = self._stored.get(name)
             if found is not None:
-                size = found.code_bytes * (1 - shares[name])
-                size += found.scale_bytes * (1 - idle.get(name, 0.0))
+                size = found.bytes_read(shares[name], idle.get(name, 0.0))
                 total += size * self._rows[name] / tokens
                 continue
             spent = self._rows[name] * in_features * out_features

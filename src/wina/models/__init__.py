@@ -3,7 +3,7 @@
 from wina.models.families import Family, families, family_of
 from wina.models.groups import InputGroup, input_groups, norm_scale
 from wina.models.identity import identify, settle
-from wina.models.loading import DEMO, LoadedModel, load_model
+from wina.models.loading import DEMO, LoadedModel, load_model, skeleton
 from wina.models.structure import (
     Site,
     blocks,
@@ -36,5 +36,6 @@ __all__ = [
     "norm_scale",
     "run_body",
     "settle",
+    "skeleton",
     "start_ids",
 ]

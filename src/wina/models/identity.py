@@ -13,8 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers import PreTrainedModel
 
+from wina.errors import UsageError
+from wina.files import cached, write_text
 from wina.layers.foreign import plain_weight
 from wina.layers.linear import is_read_by_others, sparse_layers
 from wina.layers.quantized import BUFFERS
+from wina.models.loading import skeleton
 from wina.plan import ModelIdentity
 
 CONFIG_KEYS = (
@@ -71,6 +74,7 @@ def files_hash(folder: Path, config: Any) -> str | None:
 
     None where they hold other tensors than the parameters of Transformers' model, by name and
     shape, or there are none: families whose checkpoints are stored otherwise, quantized ones.
+    The cache keeps it by the files' paths, sizes and times of change, so they are read once.
     """
     index = folder / "model.safetensors.index.json"
     places = json.loads(index.read_text())["weight_map"].values() if index.exists() else ()
@@ -78,11 +82,9 @@ def files_hash(folder: Path, config: Any) -> str | None:
     if not all(file.exists() for file in files):
         return None
     try:
-        with torch.device("meta"), no_init_weights():
-            model = AutoModelForCausalLM.from_config(config)
-    except ValueError:  # no text model
+        model = skeleton(config)
+    except UsageError:
         return None
-    model.tie_weights()
     wanted = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     others = model.state_dict().keys() - wanted.keys()  # tied
     held: dict[str, tuple[Path, list[int]]] = {}
@@ -98,9 +100,23 @@ def files_hash(folder: Path, config: Any) -> str | None:
             return _digest(opened.get_tensor(name))
 
     names = sorted(wanted)
+    kept = _kept_hash(files, names)
+    with suppress(OSError):
+        return kept.read_text(encoding="utf-8")
     with ThreadPoolExecutor(THREADS) as pool:
         digests = list(pool.map(digest, names))
-    return _total(zip(names, (wanted[name] for name in names), digests, strict=True))
+    total = _total(zip(names, (wanted[name] for name in names), digests, strict=True))
+    with suppress(OSError):  # a cache that cannot be written
+        write_text(kept, total)
+    return total
+
+
+def _kept_hash(files: Sequence[Path], names: Sequence[str]) -> Path:
+    """Return where the cache keeps the hash of some tensors in files as they are now."""
+    found = [(str(file.resolve()), file.stat()) for file in files]
+    facts = [[path, state.st_size, state.st_mtime_ns] for path, state in found]
+    key = hashlib.sha256(json.dumps([facts, names]).encode()).hexdigest()[:24]
+    return cached("weights", key)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.initialization import no_init_weights
 
 from wina.errors import UsageError, WinaError
 from wina.files import cached, replacing_folder
@@ -129,6 +130,22 @@ def folder_of(source: str) -> str:
     if not converted.is_dir():
         load_model(source)
     return str(converted)
+
+
+def skeleton(config: Any) -> PreTrainedModel:
+    """Return a config's causal language model without storage: modules, names and shapes.
+
+    Raises:
+        UsageError: Transformers has none, or cannot make it.
+    """
+    try:
+        with torch.device("meta"), no_init_weights():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # configs of others may fail in any way
+        kind = getattr(config, "model_type", type(config).__name__)
+        raise UsageError(f"no causal language model of type {kind!r}: {error}") from error
+    model.tie_weights()
+    return model
 
 
 def _auto_class(folder: str, options: dict[str, Any]) -> Any:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from wina.errors import UsageError
@@ -16,16 +18,21 @@ from wina.integrations.vllm import ops, packed
 from wina.integrations.vllm.options import Options, options_of
 from wina.integrations.vllm.rows import BATCH
 from wina.kernels import reference
-from wina.kernels.cpu.library import input_major, instruction_set, use_instruction_set
+from wina.kernels.cpu.library import (
+    input_major,
+    instruction_set,
+    set_crossover,
+    use_instruction_set,
+)
 
 SIZES = [12, 4, 8]
 
 
-def case(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+def case(rows: int, dtype: torch.dtype = torch.float32, inputs: int = 16) -> tuple[Tensor, ...]:
     torch.manual_seed(rows)
-    x = torch.randn(rows, 16).to(dtype)
-    weight = input_major((torch.randn(sum(SIZES), 16) / 4).to(dtype))
-    thresholds = torch.rand(len(SIZES), 16) * 1.5
+    x = torch.randn(rows, inputs).to(dtype)
+    weight = input_major((torch.randn(sum(SIZES), inputs) / 4).to(dtype))
+    thresholds = torch.rand(len(SIZES), inputs) * 1.5
     bias, extra = (torch.randn(sum(SIZES)).to(dtype) for _ in range(2))
     return x, weight, thresholds, bias, extra
 
@@ -114,11 +121,14 @@ def test_one_projection() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", ["s", "sd", "sdsd", "s" * 12])
+@pytest.mark.parametrize("rows", ["s", "sd", "sdsd", "s" * 12, "d" * 12, "sdd" * 20])
 def test_a_row_has_the_same_bits_in_any_batch(
     rows: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x, weight, thresholds, bias, extra = case(len(rows), dtype)
+    inputs = 80  # of no other test: the crossover, as WinaLinearMethod sets it, stays set
+    x, weight, thresholds, bias, extra = case(len(rows), dtype, inputs)
+    for outputs in (*SIZES, sum(SIZES)):
+        set_crossover(dtype, inputs, outputs, 1 << 40)
     monkeypatch.setattr(BATCH, "exact", True)
     paired = instruction_set() == "avx512_bf16"
     with use_instruction_set("avx512") if paired else nullcontext():
@@ -130,10 +140,24 @@ def check_bits(rows: str, x: Tensor, weight: Tensor, thresholds: Tensor, *biases
     start(*(row == "s" for row in rows))
     together = ops.batch_linear(x, weight, thresholds, SIZES, bias, extra)
     for place, row in enumerate(rows):
-        if row == "s":
-            start(True)
-            alone = ops.batch_linear(x[place][None], weight, thresholds, SIZES, bias, extra)
-            assert torch.equal(alone[0], together[place])
+        start(row == "s")
+        alone = ops.batch_linear(x[place][None], weight, thresholds, SIZES, bias, extra)
+        assert torch.equal(alone[0], together[place])
+
+
+def test_views_of_a_weight_follow_it_and_do_not_keep_it() -> None:
+    x, first, thresholds, *_ = case(1)
+    weight = nn.Parameter(first, requires_grad=False)
+    start(True)
+    before = ops.batch_linear(x, weight, thresholds, SIZES, None, None)
+    weight.data = input_major(2 * first)  # as when weights are loaded anew
+    thresholds.zero_()
+    assert_close(ops.batch_linear(x, weight, thresholds, SIZES, None, None), 2 * x @ first.t())
+    assert not torch.equal(before, x @ first.t())
+    alive = weakref.ref(weight)
+    del weight
+    gc.collect()
+    assert alive() is None
 
 
 def test_opaque_to_compile() -> None:

@@ -113,7 +113,8 @@ class WinaConfig(QuantizationConfig):  # type: ignore[misc]
         if hf_config is None:
             return
         wanted = self.document.model
-        weights = _weights_hash(model_name, hf_config) if self.source is not None else None
+        # vLLM's main process asks before it starts others, which find the hash in the cache.
+        weights = None if self.source is None else files_hash(Path(model_name), hf_config)
         found = wanted.model_copy(
             update={
                 "name": model_name,
@@ -164,16 +165,6 @@ class WinaConfig(QuantizationConfig):  # type: ignore[misc]
                 f"vLLM's model has no layer for {len(left)} of the plan's linears, such as "
                 f"{left[0]}; vLLM builds this architecture in another way than Transformers"
             )
-
-
-_hashes: dict[tuple[str, str], str | None] = {}  # vLLM asks more than once
-
-
-def _weights_hash(folder: str, config: Any) -> str | None:
-    key = folder, config_hash(config)
-    if key not in _hashes:
-        _hashes[key] = files_hash(Path(folder), config) if Path(folder).is_dir() else None
-    return _hashes[key]
 
 
 def _digest(document: PlanDocument, vectors: Mapping[str, Tensor]) -> str:

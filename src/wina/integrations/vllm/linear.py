@@ -115,7 +115,8 @@ class WinaLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         layer.weight.data = input_major(usual)
         exact = self.options.batch_invariant or usual.dtype == torch.float32
         if usual.device.type == "cpu" and exact:
-            for outputs in layer.wina_sizes:  # one kernel for any number of rows: see ops
+            # One kernel for any number of rows, of a projection and of the whole layer: see ops.
+            for outputs in {*layer.wina_sizes, len(usual)}:
                 set_crossover(usual.dtype, usual.shape[1], outputs, _ANY)
         if self.options.dense_copy and usual.device.type == "cpu":
             products = packed.pack(list(torch.split(usual, layer.wina_sizes)))

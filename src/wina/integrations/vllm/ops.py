@@ -12,6 +12,7 @@ may go another way then.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -30,6 +31,7 @@ SCHEMA = (
 )
 SKIPPED = 8  # rows up to which rows of W are skipped, where a dense product is at hand
 ROWS_A_THREAD = 8  # the least that a dense product gets, where its bits must be the same
+_VIEWS = "wina_views"
 
 
 def batch_linear(
@@ -80,21 +82,19 @@ def _on_cpu(
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.device.type != "cpu" or weight.stride(0) != 1:
         return functional.linear(x, weight, bias)
-    if _exact(x):
+    if x.dtype == torch.float32:
         return _same_sums(x, weight, bias)
-    if len(x) > FEW and (products := products_of(weight)) is not None:
+    many = len(x) > FEW and not BATCH.exact
+    if many and (products := products_of(weight)) is not None:
         return _join([product(x) for product in products], bias)
     return dense_linear(x, weight, bias)
 
 
-def _exact(x: Tensor) -> bool:
-    return x.dtype == torch.float32 or BATCH.exact
-
-
 def _same_sums(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return W x + b, each row with the same bits whatever the number of rows.
+    """Return W x + b in float32, each row with the same bits whatever the number of rows.
 
-    The libraries have other kernels for a few rows a thread, which sum in another order.
+    The libraries have other kernels for a few rows a thread, which sum in another order. (In 16
+    bits ``dense_linear`` has one kernel for any number, where the crossover says so.)
     """
     count, least = len(x), ROWS_A_THREAD * torch.get_num_threads()
     if count < least:
@@ -108,17 +108,28 @@ def _same_sums(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _sparse(
     x: Tensor, weight: Tensor, thresholds: Tensor, sizes: list[int], bias: Tensor | None
 ) -> Tensor:
-    many = len(x) > SKIPPED and not _exact(x)
+    many = len(x) > SKIPPED and x.dtype != torch.float32 and not BATCH.exact
     if many and (products := products_of(weight)) is not None:
         masked = drop_each(x, thresholds)
         return _join([product(x) for product, x in zip(products, masked, strict=True)], bias)
     if len(sizes) == 1:
-        return sparse_linear(x, weight, thresholds[0], bias)
-    biases = None if bias is None else torch.split(bias, sizes)
-    return torch.cat(
-        sparse_linears(x, torch.split(weight, sizes), thresholds.unbind(), biases),
-        dim=-1,
-    )
+        return sparse_linear(x, weight, _views(thresholds, Tensor.unbind)[0], bias)
+
+    def parts(whole: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(whole, sizes)
+
+    weights, each = _views(weight, parts), _views(thresholds, Tensor.unbind)
+    biases = None if bias is None else _views(bias, parts)
+    return torch.cat(sparse_linears(x, weights, each, biases), dim=-1)
+
+
+def _views(whole: Tensor, make: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Return views of a tensor, kept on it: to make them takes as long as a small product."""
+    found: tuple[Tensor, ...] | None = getattr(whole, _VIEWS, None)
+    if found is None or found[0].data_ptr() != whole.data_ptr():
+        found = make(whole.data)  # not of the tensor itself, which would then never be freed
+        setattr(whole, _VIEWS, found)
+    return found
 
 
 def _join(parts: list[Tensor], bias: Tensor | None) -> Tensor:
