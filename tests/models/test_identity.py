@@ -93,6 +93,19 @@ def test_files_are_read_once(
     assert len(read) == 2 * count
 
 
+@pytest.mark.parametrize("content", [b"", b"ab", b"x" * 64, bytes([200]) * 64])
+def test_a_damaged_entry_is_made_again(
+    model: PreTrainedModel, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WINA_CACHE", str(tmp_path / "cache"))
+    model.save_pretrained(tmp_path)
+    wanted = files_hash(tmp_path, model.config)
+    (entry,) = (tmp_path / "cache" / "weights").iterdir()
+    entry.write_bytes(content)
+    assert files_hash(tmp_path, model.config) == wanted
+    assert entry.read_text() == wanted
+
+
 def test_a_cache_that_cannot_be_written(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
