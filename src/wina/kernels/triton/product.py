@@ -76,16 +76,8 @@ def _product(
     part = tl.program_id(1)
     block = tl.program_id(2)
     begin = _pick(which, first, second, 0, first, second)
-    weight = (
-        _pick(which, first, second, weight0, weight1, weight2)
-        .to(tl.int64)
-        .to(tl.pointer_type(ELEMENT))
-    )
-    limits = (
-        _pick(which, first, second, limits0, limits1, limits2)
-        .to(tl.int64)
-        .to(tl.pointer_type(tl.float32))
-    )
+    weight = _pointer(which, first, second, weight0, weight1, weight2, ELEMENT)
+    limits = _pointer(which, first, second, limits0, limits1, limits2, tl.float32)
     stride = _pick(which, first, second, stride0, stride1, stride2)
     outputs = _pick(which, first, second, outputs0, outputs1, outputs2)
     weight = tl.multiple_of(weight, 16)
