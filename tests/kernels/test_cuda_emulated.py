@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from wina.kernels import reference
+from wina.kernels import reference, tickets
 from wina.kernels.cuda import attention as attention_module
 from wina.kernels.cuda import likely as likely_module
 from wina.kernels.cuda import rows as rows_module
@@ -46,7 +46,7 @@ class Emulated:
     def launch(self, blocks: int, shared: int, arguments: ctypes.Structure) -> None:
         ranges = [
             (t.data_ptr(), t.untyped_storage().nbytes() - t.storage_offset() * t.element_size())
-            for t in (*self.tensors, *rows_module._tickets.values())
+            for t in (*self.tensors, tickets.of_device(torch.device("cpu")))
         ]
         memory = (ctypes.c_longlong * (2 * len(ranges)))(*(x for pair in ranges for x in pair))
         sizes = (blocks, self.threads, self.cluster, shared)

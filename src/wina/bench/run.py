@@ -27,13 +27,7 @@ from wina.bench.report import Baseline, BenchReport, SparseResult
 from wina.errors import UsageError
 from wina.generation import Decoder
 from wina.kernels import multiplies, use_backend
-from wina.layers import (
-    SparsityCounter,
-    change_vectors,
-    lay_out_for_decode,
-    phase_of,
-    sparsify,
-)
+from wina.layers import SparsityCounter, change_vectors, lay_out_for_decode, phase_of, sparsify
 from wina.layers.linear import read_by_others, refresh, sparse_layers
 from wina.layers.quantized import packed, read, stored
 from wina.models import find_sites

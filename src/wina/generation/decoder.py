@@ -259,13 +259,13 @@ def record(function: Callable[[], object]) -> Callable[[], object]:
 
         graph, kept, rows = run_blocks(fuse(graph), inputs)
         numbers.extend(rows)
-        remaining = [inputs[i] for i in kept]
+        given = [inputs[i] for i in kept]
         # On CUDA inductor makes products of one row itself then, fused with what is around them
         # (a dense step of Llama-3-8B's shape takes 0.96 of the time), and does not write what
         # another library's weight stands for to memory first.
-        on_cuda = any(isinstance(x, Tensor) and x.is_cuda for x in remaining)
+        on_cuda = any(x.is_cuda for x in given)
         with inductor.patch(coordinate_descent_tuning=on_cuda):
-            compiled: Any = compile_fx(graph, remaining)
+            compiled: Any = compile_fx(graph, given)
 
         def call(*arguments: Any) -> object:
             remaining = tuple(arguments[i] for i in kept)

@@ -10,7 +10,7 @@ from wina.kernels.ops import (
     sparse_linear,
     sparse_linears,
 )
-from wina.kernels.products import multiplies
+from wina.kernels.processor import multiplies
 from wina.kernels.quantized import QuantizedWeight, pack, quantized_linear
 
 __all__ = [

@@ -27,7 +27,7 @@ from wina.kernels.absorb import absorb
 from wina.kernels.attend import attend
 from wina.kernels.backends import available_backends, serves
 from wina.kernels.dense import use_dense
-from wina.kernels.products import multiplies
+from wina.kernels.processor import multiplies
 
 OPS = torch.ops.wina
 LINEAR, QUANTIZED = OPS.sparse_linear, OPS.quantized_linear

@@ -134,16 +134,14 @@ def flagged_linears(
         Shape (rows, all outputs).
     """
     if _backend() is cuda and not any(bias is not None for bias in sparse_biases):
-        found = cuda.flagged_linears(x, weights, thresholds, biases, flags)
-        if found is not None:
-            return found
-    if not triton.multiplies(x, weights, thresholds):
-        return None
+        skipped = cuda.flagged_linears(x, weights, thresholds, biases, flags)
+        if skipped is not None:
+            return skipped
     out = x.new_empty(len(x), sum(weight.shape[0] for weight in weights))
-    triton.products(
+    found = triton.masked_product(
         x, weights, thresholds, biases, flags=flags, sparse_biases=sparse_biases, out=out
     )
-    return out
+    return None if found is None else out
 
 
 def quantized_linear(

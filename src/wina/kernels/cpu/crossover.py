@@ -21,13 +21,7 @@ import torch
 from torch import Tensor
 
 from wina.files import cached, write_text
-from wina.kernels.cpu.library import (
-    DTYPES,
-    PATH,
-    input_major,
-    instruction_set,
-    set_crossover,
-)
+from wina.kernels.cpu.library import DTYPES, PATH, input_major, instruction_set, set_crossover
 
 ROWS = (4, 8, 12, 16, 24, 32, 48, 64)
 _NEVER, _ALWAYS = 0, 1 << 40

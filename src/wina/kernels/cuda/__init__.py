@@ -67,9 +67,8 @@ def linears(
         )
     if norm is not None:
         x = reference.rms_norm(x, norm, epsilon)
-    if triton.multiplies(x, weights, thresholds):
-        results = triton.products(x, weights, thresholds, biases)
-    else:
+    results = triton.masked_product(x, weights, thresholds, biases)
+    if results is None:
         results = [
             functional.linear(kept, weight, bias)
             for kept, weight, bias in zip(_gate(x, thresholds), weights, biases, strict=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from wina.kernels.cuda.compile import kernel, mapping
+from wina.kernels.tickets import tickets
 
 ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
@@ -17,7 +18,6 @@ TOKENS = (1, 2, 4, 8)  # rows of x that a kernel is compiled for
 MOST = 3  # projections of one launch
 HELD = 4  # 16 bytes of x that a thread gates at once
 SLOTS = 2  # the kind of loads that needs shared memory
-TICKETS = 1 << 18  # integers of a device
 
 
 @dataclass(frozen=True)
@@ -238,34 +238,7 @@ def rows(
         lists_of_sums = (2 if gated else 1) * compiled_for * config.cluster * columns
         sums = torch.empty(tiles * lists_of_sums, dtype=torch.float32, device=x.device)
         arguments.sums = sums.data_ptr()
-        arguments.tickets = tickets(x.device, weights[0].data_ptr(), tiles)
+        arguments.tickets = tickets(x.device, weights[0].data_ptr(), tiles).data_ptr()
     shared = shared_bytes(config, inputs, gated, compiled_for, size)
     run.launch(tiles * config.cluster, shared, arguments)
     return results
-
-
-_tickets: dict[torch.device, Tensor] = {}
-_places: dict[torch.device, dict[tuple[int, int], int]] = {}
-
-
-def tickets(device: torch.device, weight: int, tiles: int) -> int:
-    """Return the address of a launch's tickets, one a tile, all 0 between launches.
-
-    Each weight has its own, so that two models may run side by side; the same weight must not be
-    in two launches at the same time. (Past ``TICKETS`` of them the first are given again.)
-
-    Args:
-        device: of the launch.
-        weight: address of the first projection's.
-        tiles: of the launch.
-    """
-    if device not in _tickets:
-        _tickets[device] = torch.zeros(TICKETS, dtype=torch.int32, device=device)
-    places = _places.setdefault(device, {})
-    if (weight, tiles) not in places:
-        used = max((place + count for (_, count), place in places.items()), default=0)
-        if used + tiles > TICKETS:
-            places.clear()
-            used = 0
-        places[weight, tiles] = used
-    return _tickets[device].data_ptr() + 4 * places[weight, tiles]

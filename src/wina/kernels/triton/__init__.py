@@ -32,20 +32,21 @@ def skips(x: Tensor, outputs: Sequence[int], gated: bool) -> bool:
     return x.numel() <= MOST * x.shape[-1]
 
 
-def multiplies(x: Tensor, weights: Sequence[Tensor], thresholds: Sequence[Tensor]) -> bool:
-    """Return whether ``products`` serves these."""
+def masked_product(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    **options: Any,
+) -> list[Tensor] | None:
+    """Return ``product.masked_product``; None where a product on a masked copy of x must serve."""
     if importlib.util.find_spec("triton") is None:
-        return False
-    from wina.kernels.triton.product import serves
+        return None
+    from wina.kernels.triton import product
 
-    return serves(x, weights, thresholds)
-
-
-def products(*arguments: Any, **options: Any) -> list[Tensor]:
-    """Return ``product.masked_product``: dense products of x masked on its way, in one launch."""
-    from wina.kernels.triton.product import masked_product
-
-    return masked_product(*arguments, **options)
+    if not product.serves(x, weights, thresholds):
+        return None
+    return product.masked_product(x, weights, thresholds, biases, **options)
 
 
 def linears(

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wina.kernels.tickets import tickets
+
 MEASURED = Path(__file__).with_name("cuts.json")  # on an H100
 MOST = 3  # projections of one launch
 ROWS = 256  # of x; for more a dense product on a masked copy is as fast
@@ -203,7 +205,7 @@ def masked_product(
     """
     shape, inputs = x.shape[:-1], x.shape[-1]
     x = x.reshape(-1, inputs).contiguous()
-    count, rows = len(weights), len(x)
+    rows = len(x)
     tile = _tile(rows)
     sizes = [w.shape[0] for w in weights]
     cut = cut or _cut(x, weights)
@@ -217,19 +219,17 @@ def masked_product(
     share = triton.cdiv(triton.cdiv(inputs, cut.split), cut.channels) * cut.channels
     split = triton.cdiv(inputs, share)
     tiles = [triton.cdiv(size, cut.columns) for size in sizes]
-    first = tiles[0]
-    second = sum(tiles[:2])
     blocks = triton.cdiv(rows, tile)
     total = sum(tiles) * blocks
     sums = x.new_empty(total * split * tile * cut.columns if split > 1 else 1, dtype=torch.float32)
-    no = [None] * MOST
     even = inputs == share * split and all(size % cut.columns == 0 for size in sizes)
     _product[(sum(tiles), split, blocks)](
-        x, x if flags is None else flags.view(torch.uint8), sums, tickets(x.device),
-        *_three(weights), *_three(thresholds), *_three([*biases, *no][:MOST]),
-        *_three([*sparse_biases, *no][:MOST]), *_three(held),
-        *_each([w.stride(1) for w in weights]), *_each([one.stride(0) for one in held]),
-        *_each(sizes), first, second if count > 1 else first, rows, inputs,
+        x, x if flags is None else flags.view(torch.uint8), sums,
+        tickets(x.device, weights[0].data_ptr(), total if split > 1 else 1),
+        *_addresses(weights), *_addresses(thresholds), *_addresses(biases),
+        *_addresses(sparse_biases or [None]), *_addresses(held),
+        *_three([w.stride(1) for w in weights]), *_three([one.stride(0) for one in held]),
+        *_three(sizes), tiles[0], sum(tiles[:2]), rows, inputs,
         ELEMENT=DTYPES[x.dtype], ROWS=tile, COLUMNS=cut.columns, CHANNELS=cut.channels,
         SPLIT=split, SHARE=share, FLAGGED=flags is not None, EVEN=even,
         num_warps=cut.warps, num_stages=cut.stages,
@@ -287,15 +287,6 @@ def _measured() -> dict[str, Cut | None]:
     return {key: None if fields is None else Cut(**fields) for key, fields in found.items()}
 
 
-TICKETS = 1 << 14  # tiles of a launch that share their channels, at most
-
-
-@cache
-def tickets(device: torch.device) -> Tensor:
-    """Return integers that are 0 between launches; launches of one device follow each other."""
-    return torch.zeros(TICKETS, dtype=torch.int32, device=device)
-
-
 @cache
 def _units(device: torch.device) -> int:
     if device.type != "cuda":
@@ -303,10 +294,9 @@ def _units(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _three(tensors: Sequence[Tensor | None]) -> list[int]:
-    found = [0 if one is None else one.data_ptr() for one in tensors]
-    return found + [found[0]] * (MOST - len(found))
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return _three([0 if one is None else one.data_ptr() for one in tensors])
 
 
-def _each(numbers: Sequence[int]) -> list[int]:
-    return [*numbers] + [numbers[0]] * (MOST - len(numbers))
+def _three(numbers: Sequence[int]) -> list[int]:
+    return [*numbers, *[numbers[0]] * (MOST - len(numbers))]  # what is added is never picked
