@@ -26,8 +26,10 @@ from torch.nn import functional
 
 from wina.kernels import available_backends, reference, use_backend
 from wina.kernels.cuda.rows import TOKENS, Config
-from wina.kernels.cuda.table import device_kind, remember
-from wina.kernels.cuda.tune import CACHES, Replay, Shape, level_of, step_shapes, tune
+from wina.kernels.cuda.table import TABLE
+from wina.kernels.cuda.tune import Shape, step_shapes, tune
+from wina.kernels.measured import device_kind
+from wina.kernels.replay import CACHES, Replay, level_of
 
 # hidden, intermediate, query and key-value features
 MODELS = {
@@ -233,7 +235,7 @@ def tune_all(models: list[str], options: argparse.Namespace) -> dict[str, object
                     entries = {k: None if one is None else asdict(one) for k, one in found.items()}
                     report = {"table": {kind: entries}, "tried": tried}
                     path.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    remember(kind, found)
+    TABLE.remember(kind, found)
     return report
 
 

@@ -33,8 +33,9 @@ from wina.kernels import QuantizedWeight, reference
 from wina.kernels.cuda import quantized
 from wina.kernels.cuda.compile import compiled, mapping
 from wina.kernels.cuda.quantized import Config
-from wina.kernels.cuda.tune import CACHES, COMPILERS, Replay, Shape, level_of, step_shapes
+from wina.kernels.cuda.tune import COMPILERS, Shape, step_shapes
 from wina.kernels.quantized import dequantize
+from wina.kernels.replay import CACHES, Replay, level_of
 
 DEVICE = torch.device("cuda")
 EPSILON = 1e-5

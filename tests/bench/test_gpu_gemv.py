@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -16,6 +17,9 @@ import torch
 from tests.helpers import Cli
 from wina.bench import CONFIGS
 from wina.kernels.cuda import rows, table, tune
+from wina.kernels.measured import Measured, fields_of
+from wina.kernels.replay import Timing
+from wina.kernels.triton import product
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/gpu_gemv.py"
 
@@ -26,8 +30,8 @@ class Replay:
     def __init__(self, run: Callable[[int], object], copies: int) -> None:
         self.result = run(copies - 1)
 
-    def time(self, replays: int = 3) -> tune.Timing:
-        return tune.Timing(4.0, 5.0, 6.0)
+    def time(self, replays: int = 3) -> Timing:
+        return Timing(4.0, 5.0, 6.0)
 
 
 @pytest.fixture
@@ -133,7 +137,7 @@ def test_tuning_writes_its_table(
         assert Silent.launched
         assert table.config_for(torch.empty(1, 96).bfloat16(), (64,), gated=False) is None
     finally:
-        table.forget()
+        table.TABLE.forget()
 
 
 @pytest.mark.usefixtures("script")
@@ -146,7 +150,7 @@ def test_autotune(
     keys = {f"{shape} x{tokens} 16bit" for shape in shapes for tokens in (1, 2)}
     kept = rows.Config(8, 16, cluster=2)
     try:
-        table.remember("sm_90/4", {"1536->576 x1 16bit": kept})
+        table.TABLE.remember("sm_90/4", {"1536->576 x1 16bit": kept})
         done = cli(*arguments)
         assert done.code == 0, done.err
         found = json.loads(done.out)
@@ -156,7 +160,7 @@ def test_autotune(
         known = found["configurations"].pop("1536->576 x1 16bit")
         assert rows.Config(**known) == kept
         assert set(found["configurations"].values()) == {None}
-        assert set(table.measured("sm_90/4")) == keys
+        assert set(table.TABLE.of("sm_90/4")) == keys
         tried = len(silent)
         assert tried > 0
         assert cli(*arguments).code == 0
@@ -164,14 +168,43 @@ def test_autotune(
         assert cli(*arguments, "--again").code == 0
         assert len(silent) > tried
     finally:
-        table.forget()
+        table.TABLE.forget()
     config = CONFIGS.get("llama-3-8b")
-    assert [shape.outputs for shape in tune.shapes_of(config)] == [
+    assert [shape.outputs for shape in tune.step_shapes(*tune.sizes_of(config))] == [
         (14336,),
         (4096,),
         (4096, 1024, 1024),
         (4096,),
     ]
+
+
+def test_autotune_of_the_masked_product(
+    script: ModuleType, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cuts run in the interpreter; none is faster than the masked copies here."""
+    from wina.kernels.triton import tune as products
+
+    sizes = (64, 96, 64, 32)
+    monkeypatch.setattr(products, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(products, "Replay", Replay)
+    monkeypatch.setattr(products, "ProcessPoolExecutor", lambda *a, **b: ThreadPoolExecutor(1))
+    monkeypatch.setattr("wina.cli.autotune.unavailable", lambda name: None)
+    monkeypatch.setattr("wina.cli.autotune.tune.sizes_of", lambda config: sizes)
+    shapes = ["64->96+96", "96->64", "64->64+32+32", "64->64"]
+    arguments = ("autotune", "--config", "smollm2-135m", "--dtype", "float16", "--json")
+    try:
+        done = cli(*arguments, "--tokens", "16")
+        assert done.code == 0, done.err
+        found = json.loads(done.out)["configurations"]
+        assert found == {f"16 {shape}": None for shape in shapes}
+        assert set(product.TABLE.of("sm_90/4")) == set(found)
+        cuts = products.cuts(16, products.Product(4096, (4096,)), 132)
+        assert len(cuts) == len(set(cuts)) > 10
+        done = cli(*arguments[:-2], "float32", "--tokens", "16")
+        assert done.code == 2
+        assert "float16" in done.err
+    finally:
+        product.TABLE.forget()
 
 
 def test_autotune_says_what_is_wrong(cli: Cli) -> None:
@@ -199,14 +232,20 @@ def test_a_cache_that_is_damaged_is_not_there(
 ) -> None:
     monkeypatch.setenv("WINA_CACHE", str(tmp_path))
     config = rows.Config(8, 16, cluster=2)
-    path = table.remember("sm_90/4", {"64->96 x1 16bit": config, "64->32 x1 16bit": None})
-    table.remember("sm_90/4", {"8->8 x1 16bit": config})
+    path = table.TABLE.remember("sm_90/4", {"64->96 x1 16bit": config, "64->32 x1 16bit": None})
+    table.TABLE.remember("sm_90/4", {"8->8 x1 16bit": config})
     assert len(json.loads(path.read_text())["sm_90/4"]) == 3
     path.write_text('{"sm_90/4": {"a": {"lanes": 1}}}')
-    assert table._read(path) == {}
-    table.forget()
+    assert table.TABLE.read(path) == {}
+    table.TABLE.forget()
 
 
-def test_the_shipped_table_is_whole() -> None:
-    content = json.loads(table.SHIPPED.read_text())
-    assert table._read(table.SHIPPED) == content
+@pytest.mark.parametrize("known", [table.TABLE, product.TABLE])
+def test_the_shipped_tables_are_whole(known: Measured[Any]) -> None:
+    content = json.loads(known.shipped.read_text())
+    found = known.read(known.shipped)
+    assert content == {
+        kind: {key: fields_of(one) for key, one in entries.items()}
+        for kind, entries in found.items()
+    }
+    assert content

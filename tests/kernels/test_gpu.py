@@ -15,6 +15,7 @@ from wina.kernels import available_backends, decode_attention, reference, use_ba
 from wina.kernels.cuda import table
 from wina.kernels.cuda.rows import Config, rows
 from wina.kernels.cuda.tune import Shape, tune
+from wina.kernels.measured import device_kind
 
 pytestmark = pytest.mark.gpu
 
@@ -380,11 +381,11 @@ def test_tuning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert len(seen) > 8
     assert all(time > 0 for times in seen for time in times.values())
     try:
-        table.remember(table.device_kind(0), {shape.key(1, torch.bfloat16): chosen})
+        table.TABLE.remember(device_kind(0), {shape.key(1, torch.bfloat16): chosen})
         x = torch.randn(1, 512, device="cuda").bfloat16()
         assert table.config_for(x, (640, 128), gated=False) == chosen
     finally:
-        table.forget()
+        table.TABLE.forget()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

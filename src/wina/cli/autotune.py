@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,9 +13,10 @@ from wina.bench import CONFIGS
 from wina.cli import options
 from wina.errors import UsageError, WinaError
 from wina.kernels.backends import unavailable
+from wina.kernels.cuda import tune
 from wina.kernels.cuda.rows import TOKENS
-from wina.kernels.cuda.table import device_kind
-from wina.kernels.cuda.tune import extend, shapes_of
+from wina.kernels.measured import device_kind
+from wina.kernels.triton import TILES
 from wina.models.loading import DTYPES, load_config
 
 
@@ -25,7 +26,11 @@ def autotune(
         str | None, typer.Option(help="A known shape instead of a model: llama-3.2-1b, ...")
     ] = None,
     tokens: Annotated[
-        str, typer.Option(help=f"Rows decoded together, of {', '.join(map(str, TOKENS))}.")
+        str,
+        typer.Option(
+            help=f"Rows decoded together: of {', '.join(map(str, TOKENS))} for the kernel that "
+            f"skips weights, of {', '.join(map(str, TILES))} for the product that masks its input."
+        ),
     ] = "1",
     dtype: Annotated[
         str, typer.Option(help="Of the weights; float16 and bfloat16 share what is found.")
@@ -34,7 +39,7 @@ def autotune(
     revision: options.Revision = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure which configurations of the CUDA kernels serve a model's shapes best on this GPU.
+    """Measure which configurations of the GPU kernels serve a model's shapes best on this GPU.
 
     What is found is kept in the cache folder and used from then on; shapes that nobody measured
     are served by a rule. Only the config is read, no weights. Nothing else should run on the GPU.
@@ -44,19 +49,31 @@ def autotune(
         wina autotune HuggingFaceTB/SmolLM2-360M-Instruct
 
         wina autotune --config qwen2.5-7b --tokens 1,2,4 --json
+
+        wina autotune --config llama-3-8b --tokens 16,32,64,128
     """
     if model is not None and config is not None:
         raise UsageError("give a model or --config, not both")
     if dtype not in DTYPES:
         raise UsageError(f"unsupported dtype {dtype!r}; known: {', '.join(DTYPES)}")
     rows = options.numbers(tokens, "--tokens", int)
-    if unknown := [number for number in rows if number not in TOKENS]:
-        raise UsageError(f"--tokens must be of {TOKENS}; got {unknown}")
+    if unknown := [number for number in rows if number not in (*TOKENS, *TILES)]:
+        raise UsageError(f"--tokens must be of {(*TOKENS, *TILES)}; got {unknown}")
+    many = [number for number in rows if number in TILES]
+    if many and dtype == "float32":
+        raise UsageError(f"--tokens {many[0]} is of float16 and bfloat16 alone")
     known = CONFIGS.get(config) if config is not None else load_config(model, revision)
-    shapes = shapes_of(known)
+    sizes = tune.sizes_of(known)
     if reason := unavailable("cuda"):
         raise WinaError(f"autotune measures the CUDA kernels, which cannot run here: {reason}")
-    found = extend(shapes, rows, DTYPES[dtype], again=again)
+    few = [number for number in rows if number in TOKENS]
+    found: dict[str, Any] = {}
+    found |= tune.extend(tune.step_shapes(*sizes), few, DTYPES[dtype], again=again)
+    if many:
+        from wina.kernels.triton import tune as products
+
+        wanted = products.products(*sizes)
+        found |= products.extend(wanted, many, DTYPES[dtype], again=again)
     kind = device_kind(0)
     if as_json:
         entries = {key: None if one is None else asdict(one) for key, one in found.items()}
@@ -65,9 +82,7 @@ def autotune(
     table = Table("launch", "configuration", title=kind)
     for key, one in found.items():
         chosen = (
-            "dense is faster"
-            if one is None
-            else ", ".join(f"{k} {v}" for k, v in asdict(one).items())
+            "not used" if one is None else ", ".join(f"{k} {v}" for k, v in asdict(one).items())
         )
         table.add_row(key, chosen)
     Console().print(table)

@@ -1,36 +1,20 @@
-"""Which configuration of the kernels serves a shape: measured ones, else a rule.
-
-Measured ones come from a table shipped with the package and from ``wina autotune``, which keeps
-what it finds in the cache folder. Both are JSON: device kind -> shape -> the fields of
-``rows.Config``, or null where a dense product was faster.
-"""
+"""Which configuration of the row kernel serves a shape: a measured one, else a rule."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from wina.files import cached, write_text
 from wina.kernels.cuda.rows import TOKENS, Config, shared_bytes
+from wina.kernels.measured import Measured, device_kind
 
-SHIPPED = Path(__file__).with_name("configurations.json")
 MOST_SHARED = 110 << 10  # bytes of a block's shared memory: two fit a multiprocessor
 FEW = 4  # rows of x up to which skipping was found to pay where nothing was measured
 
-Table = dict[str, dict[str, dict[str, int] | None]]
-
-
-def device_kind(device: int) -> str:
-    """Return what configurations depend on of a CUDA device: its architecture and its size."""
-    found = torch.cuda.get_device_properties(device)
-    return f"sm_{found.major}{found.minor}/{found.multi_processor_count}"
+TABLE = Measured(Path(__file__).with_name("configurations.json"), Config)
 
 
 def shape_key(inputs: int, outputs: Sequence[int], gated: bool, tokens: int, size: int) -> str:
@@ -51,19 +35,17 @@ def config_for(x: Tensor, outputs: Sequence[int], gated: bool) -> Config | None:
     bucket = next((number for number in TOKENS if number >= tokens), None)
     if bucket is None:
         return None
-    device = x.device.index or 0
-    return _config(x.shape[-1], tuple(outputs), gated, bucket, x.element_size(), device)
+    asked = (x.shape[-1], tuple(outputs), gated, bucket, x.element_size(), x.device.index or 0)
+    return TABLE.once(asked, _config)
 
 
-@cache
 def _config(
     inputs: int, outputs: tuple[int, ...], gated: bool, tokens: int, size: int, device: int
 ) -> Config | None:
-    known = _known().get(device_kind(device), {})
+    known = TABLE.of(device_kind(device))
     key = shape_key(inputs, outputs, gated, tokens, size)
     if key in known:
-        fields = known[key]
-        return None if fields is None else Config(**fields)
+        return known[key]
     if tokens > FEW:
         return None
     units = torch.cuda.get_device_properties(device).multi_processor_count
@@ -98,52 +80,3 @@ def rule(
             return config
         cluster *= 2
     return None
-
-
-def remember(kind: str, found: Mapping[str, Config | None]) -> Path:
-    """Keep measured configurations in the cache folder, beside those already there."""
-    path = _path()
-    table = _read(path)
-    entries = {key: None if one is None else asdict(one) for key, one in found.items()}
-    table.setdefault(kind, {}).update(entries)
-    write_text(path, json.dumps(table, indent=1, sort_keys=True))
-    forget()
-    return path
-
-
-def measured(kind: str) -> dict[str, Config | None]:
-    """Return the tables' entries for a kind of device."""
-    entries = _known().get(kind, {})
-    return {key: None if one is None else Config(**one) for key, one in entries.items()}
-
-
-def forget() -> None:
-    """Read the tables anew at the next call."""
-    _known.cache_clear()
-    _config.cache_clear()
-
-
-@cache
-def _known() -> Table:
-    table = _read(SHIPPED)
-    for kind, entries in _read(_path()).items():
-        table.setdefault(kind, {}).update(entries)
-    return table
-
-
-def _path() -> Path:
-    return cached("gpu", "configurations.json")
-
-
-def _read(path: Path) -> Table:
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            str(kind): {
-                str(key): None if fields is None else asdict(Config(**fields))
-                for key, fields in entries.items()
-            }
-            for kind, entries in content.items()
-        }
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}  # absent or damaged: the rule serves until the next measurement

@@ -1,13 +1,8 @@
-"""Measure which configuration serves a shape best, beside a dense product.
-
-Launches are captured in a CUDA graph, one after the other as in a decode step, over several sets
-of weights, so that the cache holds none of them from the launch before.
-"""
+"""Measure which configuration of the row kernel serves a shape best, beside a dense product."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,13 +15,12 @@ from torch.nn import functional
 from wina.errors import UsageError
 from wina.kernels.cuda import rows
 from wina.kernels.cuda.compile import compiled, mapping
-from wina.kernels.cuda.table import MOST_SHARED, device_kind, measured, remember, rule, shape_key
+from wina.kernels.cuda.table import MOST_SHARED, TABLE, rule, shape_key
+from wina.kernels.measured import device_kind
+from wina.kernels.replay import REPLAYS, Replay, copies_of, level_of
 from wina.progress import note
 
 DEVICE = torch.device("cuda")
-LAUNCHES = 16  # of a graph, at least
-REPLAYS = 15
-CACHES = 4  # times the second-level cache that the live rows of all sets exceed
 SPARSITIES = (0.5, 0.65)  # a configuration is judged by the sum of its times at these
 SIZES = (256, 384, 512)  # threads of a block
 COMPILERS = 16  # programs compiled side by side
@@ -78,8 +72,8 @@ def step_shapes(hidden: int, wide: int, heads: int, narrow: int) -> list[Shape]:
     ]
 
 
-def shapes_of(config: Any) -> list[Shape]:
-    """Return the launches of one layer of a decode step of a Transformers config.
+def sizes_of(config: Any) -> tuple[int, int, int, int]:
+    """Return ``step_shapes``' arguments of a Transformers config.
 
     Raises:
         UsageError: the model is not one of dense layers with separate q, k, v, gate and up.
@@ -95,16 +89,7 @@ def shapes_of(config: Any) -> list[Shape]:
         )
     hidden, wide, heads, shared = sizes
     size = getattr(config, "head_dim", None) or hidden // heads
-    return step_shapes(hidden, wide, heads * size, shared * size)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Microseconds of one launch: quantiles over replays."""
-
-    p20: float
-    p50: float
-    p80: float
+    return hidden, wide, heads * size, shared * size
 
 
 class Trial:
@@ -119,12 +104,9 @@ class Trial:
             dtype: of x and the weights.
             live: the smallest share of the rows that a launch reads.
         """
-        device = DEVICE
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-        size = shape.weights * dtype.itemsize
         self.shape, self.dtype = shape, dtype
-        self.copies = max(2, math.ceil(CACHES * cache / (size * live)))
-        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.copies = copies_of(shape.weights * dtype.itemsize * live)
+        options: dict[str, Any] = {"device": DEVICE, "dtype": dtype}
         count = 2 if shape.gated else len(shape.outputs)
         outputs = shape.outputs * 2 if shape.gated else shape.outputs
         self.x = torch.randn(self.copies, tokens, shape.inputs, **options)
@@ -135,7 +117,7 @@ class Trial:
         self.biases: list[Tensor | None] = [None] * count
         self.norm = torch.ones(shape.inputs, **options) if shape.normed else None
         self.residual = torch.randn(tokens, outputs[0], **options) if shape.added else None
-        self.thresholds = torch.zeros(shape.inputs, device=device)
+        self.thresholds = torch.zeros(shape.inputs, device=DEVICE)
         self.count = count
 
     def sparse(self, config: rows.Config) -> Replay:
@@ -164,49 +146,6 @@ class Trial:
             return [functional.linear(self.x[i], w) for w in weights[i]]
 
         return Replay(run, self.copies)
-
-
-class Replay:
-    """Launches on several sets of tensors in turn, captured in one CUDA graph."""
-
-    def __init__(self, run: Callable[[int], object], copies: int) -> None:
-        """Capture.
-
-        Args:
-            run: launches on the set of an index.
-            copies: how many sets there are.
-        """
-        self.launches = copies * math.ceil(LAUNCHES / copies)
-        self.graph = torch.cuda.CUDAGraph()
-        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()
-        with torch.cuda.stream(stream):
-            run(0)  # kernels are compiled and libraries set up outside a capture
-            stream.synchronize()
-            # Not torch.cuda.graph, which collects garbage first: a tenth of a second each time.
-            self.graph.capture_begin()
-            self.kept = [run(i % copies) for i in range(self.launches)]
-            self.graph.capture_end()
-
-    def time(self, replays: int = REPLAYS) -> Timing:
-        """Return the time of one of the launches."""
-        times = []
-        for replay in range(replays + 2):
-            start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            start.record()
-            self.graph.replay()
-            end.record()
-            end.synchronize()
-            if replay >= 2:
-                times.append(start.elapsed_time(end) * 1e3 / self.launches)
-        times.sort()
-        return Timing(*(times[int(q * len(times))] for q in (0.2, 0.5, 0.8)))
-
-
-def level_of(sparsity: float) -> float:
-    """Return the threshold that drops this share of standard normal inputs."""
-    return math.sqrt(2) * float(torch.erfinv(torch.tensor(float(sparsity))))
 
 
 def cuts(shape: Shape, tokens: int, size: int, units: int) -> list[rows.Config]:
@@ -354,7 +293,7 @@ def extend(
         By the shape's name, also what the tables had; None where a dense product is no slower.
     """
     kind = device_kind(0)
-    known = measured(kind)
+    known = TABLE.of(kind)
     found: dict[str, rows.Config | None] = {}
     for shape, number in itertools.product(shapes, tokens):
         key = shape.key(number, dtype)
@@ -362,5 +301,5 @@ def extend(
             found[key] = known[key]
         elif key not in found:
             found[key] = tune(shape, number, dtype)
-            remember(kind, {key: found[key]})
+            TABLE.remember(kind, {key: found[key]})
     return found

@@ -8,10 +8,8 @@ that comes last, by an integer ticket, adds up their float32 sums in a fixed ord
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,12 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wina.kernels.measured import Measured, device_kind
 from wina.kernels.tickets import tickets
+from wina.kernels.triton import TILES
 
-MEASURED = Path(__file__).with_name("cuts.json")  # on an H100
 MOST = 3  # projections of one launch
 ROWS = 256  # of x; for more a dense product on a masked copy is as fast
-TILE = 128  # rows of x of a program, at most
+UNITS = 8  # multiprocessors of Triton's interpreter
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -45,6 +44,9 @@ class Cut:
     split: int = 1
     stages: int = 3
     warps: int = 4
+
+
+TABLE = Measured(Path(__file__).with_name("cuts.json"), Cut)
 
 
 # Addresses are numbers here, so that one of three can be chosen; 0 where there is none.
@@ -238,19 +240,35 @@ def masked_product(
 
 
 def _tile(rows: int) -> int:
-    return min(TILE, max(16, 1 << (rows - 1).bit_length()))
+    return next((tile for tile in TILES if tile >= rows), TILES[-1])
 
 
 def _cut(x: Tensor, weights: Sequence[Tensor]) -> Cut | None:
-    rows, outputs = x.numel() // x.shape[-1], tuple(w.shape[0] for w in weights)
-    return cut_for(_tile(rows), x.shape[-1], outputs, _units(x.device))
+    outputs = tuple(w.shape[0] for w in weights)
+    tile = _tile(x.numel() // x.shape[-1])
+    return TABLE.once((tile, x.shape[-1], outputs, x.device), _cut_on)
 
 
-def cut_for(tile: int, inputs: int, outputs: tuple[int, ...], units: int) -> Cut | None:
-    """Return how to cut a product; None where one on a masked copy of x is faster.
+def _cut_on(tile: int, inputs: int, outputs: tuple[int, ...], device: torch.device) -> Cut | None:
+    if device.type != "cuda":
+        return rule(tile, inputs, outputs, UNITS)
+    known = TABLE.of(device_kind(device.index or 0))
+    key = cut_key(tile, inputs, outputs)
+    if key in known:
+        return known[key]
+    units = torch.cuda.get_device_properties(device).multi_processor_count
+    return rule(tile, inputs, outputs, units)
 
-    Measured cuts of Llama-3-8B's shapes first; the rule for other shapes is what they have in
-    common.
+
+def cut_key(tile: int, inputs: int, outputs: Sequence[int]) -> str:
+    """Return the name of a product in the table of cuts."""
+    return f"{tile} {inputs}->{'+'.join(map(str, outputs))}"
+
+
+def rule(tile: int, inputs: int, outputs: Sequence[int], units: int) -> Cut | None:
+    """Return how to cut a product that was not measured; None where masked copies serve.
+
+    It is what the measured cuts of Llama-3-8B's shapes have in common.
 
     Args:
         tile: rows of a program.
@@ -258,9 +276,6 @@ def cut_for(tile: int, inputs: int, outputs: tuple[int, ...], units: int) -> Cut
         outputs: of each projection.
         units: multiprocessors.
     """
-    key = f"{tile} {inputs}->{'+'.join(map(str, outputs))}"
-    if key in _measured():
-        return _measured()[key]
     wide = 2 * _tiles(outputs, 128) >= 3 * units
     if (tile > 16 and len(outputs) == 1) or (tile > 64 and not wide):
         return None  # several rows keep the tensor cores busy, and masking delays them
@@ -279,19 +294,6 @@ def cut_for(tile: int, inputs: int, outputs: tuple[int, ...], units: int) -> Cut
 
 def _tiles(outputs: Sequence[int], columns: int) -> int:
     return sum(-(-size // columns) for size in outputs)
-
-
-@cache
-def _measured() -> dict[str, Cut | None]:
-    found = json.loads(MEASURED.read_text(encoding="utf-8"))
-    return {key: None if fields is None else Cut(**fields) for key, fields in found.items()}
-
-
-@cache
-def _units(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 8
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
