@@ -23,9 +23,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-MARK = "REPLY "
 DENSE = "dense"
 STARTS = ("The sea is", "A good friend", "In the year 1900", "Every morning the old man")
 ENDS = (" and", ", because", " at night", " in the middle of a long")
@@ -34,6 +33,9 @@ ENDS = (" and", ", because", " at night", " in the middle of a long")
 def serve() -> None:
     """Be one engine: a line of JSON with vLLM's options starts it, each further line is a job."""
     import resource
+
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what else is printed goes to the log
 
     import torch
     import vllm
@@ -45,6 +47,7 @@ def serve() -> None:
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     reply(
+        replies,
         {
             "vllm": vllm.__version__,
             "torch": torch.__version__,
@@ -52,7 +55,7 @@ def serve() -> None:
             "start_seconds": started,
             "weight_bytes": sum(ranks),
             "peak_kib": max(own, children),
-        }
+        },
     )
     for line in sys.stdin:
         job = json.loads(line)
@@ -63,11 +66,11 @@ def serve() -> None:
         start = time.perf_counter()
         answers = llm.generate(prompts, sampling, use_tqdm=False)
         seconds = time.perf_counter() - start
-        reply({"seconds": seconds, "ids": [list(x.outputs[0].token_ids) for x in answers]})
+        reply(replies, {"seconds": seconds, "ids": [list(x.outputs[0].token_ids) for x in answers]})
 
 
-def reply(found: dict[str, Any]) -> None:
-    print("\n" + MARK + json.dumps(found), flush=True)
+def reply(replies: IO[str], found: dict[str, Any]) -> None:
+    print(json.dumps(found), file=replies, flush=True)
 
 
 def weight_bytes(worker: Any) -> int:
@@ -113,10 +116,10 @@ class Engine:
     def answer(self) -> dict[str, Any]:
         """Return the next reply, waiting for it."""
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith(MARK):
-                found: dict[str, Any] = json.loads(line.removeprefix(MARK))
-                return found
+        line = self.process.stdout.readline()
+        if line:
+            found: dict[str, Any] = json.loads(line)
+            return found
         ended = self.process.wait()
         sys.exit(f"{self.name}: the engine ended with {ended}:\n{self.log.read_text()[-6000:]}")
 
