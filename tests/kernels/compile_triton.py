@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -34,5 +36,8 @@ def build(rows: int, columns: int, split: int, even: bool) -> str:
 
 few = build(16, 64, 2, True)
 assert "mma.sync" in few
-assert "cp.async" in few
+copies = re.findall(r"cp\.async\.\w+\.shared\.global.*?, (0x\w+), ", few)
+assert len(copies) > 16  # three stages of a weight's tile, and of x
+assert set(copies) == {"0x10"}  # bytes: a lost alignment shows here, as 4 or none
+assert not re.search(r"ld\.global\S*evict_first", few)
 assert "wgmma" in build(64, 64, 1, False)

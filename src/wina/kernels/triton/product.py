@@ -57,8 +57,10 @@ def _pick(tile, first, second, a, b, c):
 
 @triton.jit
 def _pointer(tile, first, second, a, b, c, ELEMENT: tl.constexpr):
-    # Of 64 bits even where all three are 0, which would be an integer of 32.
-    return _pick(tile, first, second, a, b, c).to(tl.int64).to(tl.pointer_type(ELEMENT))
+    # Of 64 bits even where all three are 0, which would be an integer of 32. Aligned is said here:
+    # of what a call gives the compiler does not learn it, and would load element by element.
+    found = _pick(tile, first, second, a, b, c).to(tl.int64).to(tl.pointer_type(ELEMENT))
+    return tl.multiple_of(found, 16)
 
 
 @triton.jit(
@@ -84,8 +86,6 @@ def _product(
     limits = _pointer(which, first, second, limits0, limits1, limits2, tl.float32)
     stride = _pick(which, first, second, stride0, stride1, stride2)
     outputs = _pick(which, first, second, outputs0, outputs1, outputs2)
-    weight = tl.multiple_of(weight, 16)
-    limits = tl.multiple_of(limits, 16)
     stride = tl.multiple_of(stride, 8)
     columns = (which - begin) * COLUMNS + tl.arange(0, COLUMNS)
     places = block * ROWS + tl.arange(0, ROWS)
@@ -134,7 +134,6 @@ def _product(
     if last:
         out = _pointer(which, first, second, out0, out1, out2, ELEMENT)
         pitch = _pick(which, first, second, pitch0, pitch1, pitch2)
-        out = tl.multiple_of(out, 16)
         pitch = tl.multiple_of(pitch, 8)
         bias = _pick(which, first, second, bias0, bias1, bias2)
         wanted = columns < outputs
@@ -280,12 +279,11 @@ def rule(tile: int, inputs: int, outputs: Sequence[int], units: int) -> Cut | No
     if (tile > 16 and len(outputs) == 1) or (tile > 64 and not wide):
         return None  # several rows keep the tensor cores busy, and masking delays them
     if wide:
-        return {16: Cut(128, 64, 1, 3), 32: Cut(128, 64, 1, 3), 64: Cut(128, 32, 1, 4)}.get(
-            tile, Cut(256, 64, 1, 3, 8)
+        return {16: Cut(128, 64, stages=4), 64: Cut(128, 64, stages=4)}.get(
+            tile, Cut(256, 64, warps=8)
         )
     cut, programs = {
         16: (Cut(64, 128, stages=4), units),
-        32: (Cut(128, 64, stages=3), 2 * units),
         64: (Cut(64, 32, stages=6), 3 * units),
     }[tile]
     split = max(1, round(programs / _tiles(outputs, cut.columns)))

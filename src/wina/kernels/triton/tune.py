@@ -62,7 +62,7 @@ def cuts(tile: int, product: Product, units: int) -> list[Cut]:
         shared = stages * channels * 2 * (columns + tile)
         if shared > MOST_SHARED or tile * columns > ACCUMULATED * 32 * warps:
             continue
-        if (warps == 8 and tile * columns < 64 * 128) or (tile < 64 and channels < 64):
+        if (warps == 8 and tile * columns < 64 * 128) or (tile == 16 and channels < 64):
             continue  # too little work for a thread; steps too short
         together = max(1, min(MOST_SHARED // shared, 16 // warps))  # programs of a multiprocessor
         for share in {1, together, max(1, together // 2)}:
