@@ -38,7 +38,8 @@ def calibrate(
     Args:
         model: a dense causal language model.
         tokenizer: its tokenizer.
-        text: UTF-8 text files or a TextSource; None lets the model write its own text.
+        text: UTF-8 text files or a TextSource; None is what the
+            model writes itself and docstrings of Python's library.
         output: folder to write; interrupted work there is taken up again.
         name: of the model, for records.
         settings: fields of CalibrationSettings: tokens, context, dense_prefix, seed, ...

@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from wina.calibration import Calibration, CalibrationSettings, SelfText, calibrate, make_plan
+from wina.calibration import Calibration, CalibrationSettings, calibrate, default_text, make_plan
 from wina.errors import WinaError
 from wina.files import cached
 from wina.models import LoadedModel, identify
@@ -22,15 +22,15 @@ from wina.tuning import TUNED, interpolate, tuned_plan
 def cached_calibration(
     loaded: LoadedModel, identity: ModelIdentity, settings: CalibrationSettings
 ) -> Calibration:
-    """Return the model's calibration on its own text, made now if there is none."""
-    source = SelfText(seed=settings.seed)
+    """Return the model's calibration on the default text, made now if there is none."""
+    source = default_text(settings.seed)
     path = _entry("calibrations", identity, source.describe(), asdict(settings))
     if path.is_dir():
         try:
             return Calibration.load(path)
         except WinaError as error:
             note(str(error))
-    note(f"calibrating {loaded.name} once, on text it writes itself")
+    note(f"calibrating {loaded.name} once, on text it writes itself and on docstrings")
     return calibrate(
         loaded.model,
         loaded.tokenizer,

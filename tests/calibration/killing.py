@@ -13,7 +13,15 @@ from typing import Any
 import torch
 
 from tests.helpers import make_model, make_tokenizer
-from wina.calibration import Calibration, CalibrationSettings, FileText, SelfText, calibrate, run
+from wina.calibration import (
+    Calibration,
+    CalibrationSettings,
+    DefaultText,
+    FileText,
+    SelfText,
+    calibrate,
+    run,
+)
 
 SETTINGS = CalibrationSettings(tokens=1024, context=128, dense_prefix=4)
 KIND = "qwen3"
@@ -29,9 +37,11 @@ class Death:
     after: bool = False
 
 
-def source_of(text: Path | None) -> FileText | SelfText:
+def source_of(text: Path | None) -> FileText | DefaultText:
     """Return small pieces, so that writing tokens takes several."""
-    return SelfText(seed=3, batch=4, length=64) if text is None else FileText((text,))
+    if text is not None:
+        return FileText((text,))
+    return DefaultText(SelfText(seed=3, batch=2, length=64))
 
 
 def calibrated(output: Path | None, text: Path | None, **changes: Any) -> Calibration:

@@ -3,6 +3,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,16 @@ from wina.calibration import (
     Calibration,
     CalibrationSettings,
     DatasetText,
+    DefaultText,
+    DocsText,
     FileText,
     MixedText,
     SelfText,
+    default_text,
 )
 from wina.calibration.artifact import Verdict
 from wina.calibration.planning import TOLERANCE
-from wina.calibration.text import OPENERS
+from wina.calibration.text import OPENERS, _docstrings
 from wina.errors import UsageError, WinaError
 from wina.layers import SparsityCounter, scoring
 
@@ -224,6 +228,45 @@ def test_own_text_goes_on_anew_and_begins_anywhere(model: PreTrainedModel) -> No
     pieces = first_pieces(0, 4)
     assert len({tuple(piece) for piece in pieces}) == 4
     assert first_pieces(2, 2) == pieces[2:]
+
+
+def test_docstrings_are_text_that_begins_anywhere(model: PreTrainedModel) -> None:
+    tokenizer = make_tokenizer()
+
+    def first_pieces(first: int, count: int) -> list[list[int]]:
+        pieces = DocsText(256).pieces(model, tokenizer, [], first)
+        return [list(next(pieces)) for _ in range(count)]
+
+    pieces = first_pieces(0, 4)
+    assert {len(piece) for piece in pieces} == {256}
+    assert first_pieces(2, 2) == pieces[2:]
+    text = tokenizer.decode([token for piece in pieces for token in piece])
+    assert text in "".join(f"{one}\n\n" for one in islice(_docstrings(), 20))
+
+
+def test_docstrings_begin_again(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wina.calibration.text._docstrings", lambda: iter(["abc", "de"]))
+    tokenizer = make_tokenizer()
+    piece = next(DocsText(20).pieces(model, tokenizer, [], 0))
+    assert len(piece) == 20
+    assert ("abc\n\nde\n\n" * 3).startswith(tokenizer.decode(piece))
+
+
+def test_the_default_text_has_rows_of_both_kinds(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tokenizer = make_tokenizer()
+    source = default_text(3, batch=2, length=16)
+    assert isinstance(source, DefaultText)
+    pieces = source.pieces(model, tokenizer, [], 1)
+    ids = torch.tensor(next(pieces)).reshape(2, 2, 16)
+    written = next(SelfText(3, 2, 16).pieces(model, tokenizer, [], 1))
+    docs = next(DocsText(32).pieces(model, tokenizer, [], 1))
+    assert ids[:, 0].flatten().tolist() == written
+    assert ids[:, 1].flatten().tolist() == docs
+    assert all(one.describe() in source.describe() for one in (SelfText(3, 2, 16), DocsText()))
+    monkeypatch.setattr("wina.calibration.text._library", lambda: tmp_path)  # no sources there
+    assert default_text(3, batch=2, length=16) == SelfText(3, 4, 16)
 
 
 def test_a_template_that_refuses_is_no_template(model: PreTrainedModel) -> None:

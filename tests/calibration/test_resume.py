@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(
     "forkserver" not in multiprocessing.get_all_start_methods(), reason="needs fork servers"
 )
 RUN = "wina.calibration.run"
-# With the model's own text: 6 pieces of tokens, 9 windows of 128 of gradients, then of scores.
+# With the default text: 6 pieces of tokens, 9 windows of 128 of gradients, then of scores.
 DEATHS = {
     "before the first token": Death(RUN, "_tokens", 0),
     "after two pieces of tokens": Death("wina.calibration.text:SelfText", "_sample", 2),

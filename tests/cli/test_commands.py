@@ -15,6 +15,7 @@ import torch
 import wina
 from tests.helpers import Cli, write_model
 from wina.allocation import allocations
+from wina.calibration import Calibration
 from wina.criteria import Criterion, LinearFacts, criteria, register
 from wina.plan import Plan
 
@@ -201,12 +202,23 @@ def test_eval_sweeps_methods_and_sparsities(
     assert rows[0]["kl"] < rows[1]["kl"]
 
 
-def test_calibrate_on_the_models_own_text(qwen3: Path, tmp_path: Path, cli: Cli) -> None:
-    done = cli("calibrate", qwen3, "-o", tmp_path / "c", "--self", "--tokens", 512, "--no-gradient")
+@pytest.mark.parametrize(
+    "kinds", [(), ("--self",), ("--docs",), ("--self", "--docs"), ("--self", "--text")]
+)
+def test_calibrate_on_text_of_several_kinds(
+    kinds: tuple[str, ...], qwen3: Path, text: Path, tmp_path: Path, cli: Cli
+) -> None:
+    arguments = [*kinds, text] if "--text" in kinds else list(kinds)
+    quick = ("--tokens", 512, "--no-gradient")
+    done = cli("calibrate", qwen3, "-o", tmp_path / "c", *arguments, *quick)
     assert done.code == 0, done.err
     assert "tokens of" in done.err
     assert done.out == ""
     assert not (tmp_path / "c.partial").exists()
+    source = Calibration.load(tmp_path / "c").document.source
+    assert ("self: seed 0" in source) == (not kinds or "--self" in kinds)
+    assert ("docstrings of Python" in source) == (not kinds or "--docs" in kinds)
+    assert (text.name in source) == ("--text" in kinds)
 
 
 def test_chat_keeps_the_conversation(

@@ -8,18 +8,30 @@ target sparsity without the model.
 from wina.calibration.artifact import Calibration, CalibrationDocument, Verdict
 from wina.calibration.planning import make_plan
 from wina.calibration.run import CalibrationSettings, calibrate
-from wina.calibration.text import DatasetText, FileText, MixedText, SelfText, TextSource
+from wina.calibration.text import (
+    DatasetText,
+    DefaultText,
+    DocsText,
+    FileText,
+    MixedText,
+    SelfText,
+    TextSource,
+    default_text,
+)
 
 __all__ = [
     "Calibration",
     "CalibrationDocument",
     "CalibrationSettings",
     "DatasetText",
+    "DefaultText",
+    "DocsText",
     "FileText",
     "MixedText",
     "SelfText",
     "TextSource",
     "Verdict",
     "calibrate",
+    "default_text",
     "make_plan",
 ]

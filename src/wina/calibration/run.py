@@ -41,7 +41,7 @@ from wina.calibration.collect import (
     to_statistics,
 )
 from wina.calibration.planning import judge
-from wina.calibration.text import SelfText, TextSource
+from wina.calibration.text import TextSource, default_text
 from wina.criteria import LinearFacts
 from wina.errors import UsageError, WinaError
 from wina.files import check_replaceable, read_tensors, work_folder, write_tensors, write_text
@@ -115,7 +115,7 @@ def calibrate(
     Args:
         model: a dense causal language model in evaluation mode.
         tokenizer: its tokenizer.
-        source: the text; None lets the model write it.
+        source: the text; None is ``default_text``.
         settings: how much and how.
         name: of the model, for records; None is what it was loaded from.
         revision: of the model, for records.
@@ -133,7 +133,7 @@ def calibrate(
         )
     if output is not None:
         check_replaceable(Path(output), DOCUMENT)
-    source = source or SelfText(seed=settings.seed)
+    source = source or default_text(settings.seed)
     sites = _sites(model)
     start = start_ids(model, tokenizer)
     identity = identify(model, name or model.config.name_or_path, revision)

@@ -1,14 +1,18 @@
-"""Where calibration text comes from: files, a dataset, or the model itself.
+"""Where calibration text comes from: files, a dataset, the model itself, Python's docstrings.
 
 Each source yields token ids in pieces, so that neither text nor tokens need fit in memory.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import random
+import sys
+import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +23,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from wina.errors import UsageError, WinaError
 from wina.files import digest
 
+DOCSTRING = 200  # characters, at least
 PIECE = 1 << 18  # characters tokenized at once, cut at a line's end
 MARK = "\u2063"  # stands for a message when a chat template is taken apart
 
@@ -184,6 +189,105 @@ class SelfText:
             drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
             ids[:, position] = torch.where(given[:, position] < 0, drawn, given[:, position])
         return [int(token) for token in ids.flatten().tolist()]
+
+
+@dataclass(frozen=True)
+class DocsText:
+    """Docstrings of Python's standard library: text of another kind, at hand wherever wina runs.
+
+    Beside what a model writes itself they make tuned plans better, also on texts that are like
+    neither (docs/research.md). Past the last one it begins again.
+    """
+
+    size: int = 4_096
+    resumable = True
+
+    def describe(self) -> str:
+        """Return which Python's they are."""
+        return f"docstrings of Python {sys.version_info.major}.{sys.version_info.minor}"
+
+    def pieces(
+        self, model: PreTrainedModel, tokenizer: Tokenizer, start: list[int], first: int
+    ) -> Iterator[Sequence[int]]:
+        """Yield ``size`` ids at a time, piece number ``first`` first, without end."""
+        del model, start
+
+        texts = chain.from_iterable(_docstrings() for _ in repeat(None))
+        stream = chain.from_iterable(
+            tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"] for text in texts
+        )
+        for _ in range(first * self.size):
+            next(stream)
+        while True:
+            yield list(islice(stream, self.size))
+
+
+def _library() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def _docstrings() -> Iterator[str]:
+    """Yield long docstrings of the standard library, its files in a fixed random order."""
+    library = _library()
+    left_out = {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
+    paths = sorted(
+        path
+        for path in library.rglob("*.py")
+        if not left_out & set(path.relative_to(library).parts[:-1])
+    )
+    random.Random(0).shuffle(paths)
+    for path in paths:
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (OSError, SyntaxError, ValueError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node) or ""
+                if len(text) >= DOCSTRING:
+                    yield text
+
+
+@dataclass(frozen=True)
+class DefaultText:
+    """What is read where no text is given: the model's own and docstrings, in equal parts."""
+
+    written: SelfText
+    resumable = True
+
+    def describe(self) -> str:
+        """Return both."""
+        return f"{self.written.describe()}; {self._docs().describe()}"
+
+    def _docs(self) -> DocsText:
+        return DocsText(self.written.batch * self.written.length)
+
+    def pieces(
+        self, model: PreTrainedModel, tokenizer: Tokenizer, start: list[int], first: int
+    ) -> Iterator[Sequence[int]]:
+        """Yield what is written row by row, and after each row as many ids of docstrings."""
+        sources: tuple[TextSource, ...] = (self.written, self._docs())
+        streams = [source.pieces(model, tokenizer, start, first) for source in sources]
+        for both in zip(*streams, strict=True):
+            yield [
+                token
+                for place in range(0, len(both[0]), self.written.length)
+                for ids in both
+                for token in ids[place : place + self.written.length]
+            ]
+
+
+def default_text(seed: int = 0, *, batch: int = 8, length: int = 256) -> TextSource:
+    """Return what is read where no text is given.
+
+    Args:
+        seed: of the model's own text.
+        batch: rows that the model writes at a time.
+        length: ids of a row.
+    """
+    if not (_library() / "ast.py").is_file():  # an installation without sources
+        return SelfText(seed, 2 * batch, length)
+    return DefaultText(SelfText(seed, batch, length))
 
 
 @dataclass(frozen=True)

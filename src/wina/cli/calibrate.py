@@ -10,10 +10,12 @@ import typer
 from wina.calibration import (
     CalibrationSettings,
     DatasetText,
+    DocsText,
     FileText,
     MixedText,
     SelfText,
     TextSource,
+    default_text,
 )
 from wina.calibration import calibrate as run_calibration
 from wina.calibration.artifact import DOCUMENT
@@ -37,9 +39,11 @@ def calibrate(
     dataset: Annotated[str | None, typer.Option(help="Hub dataset with a text column.")] = None,
     self_text: Annotated[
         bool,
-        typer.Option(
-            "--self", help="Text that the model writes itself (the default); with --text, both."
-        ),
+        typer.Option("--self", help="Text that the model writes itself; also beside --text."),
+    ] = False,
+    docs: Annotated[
+        bool,
+        typer.Option("--docs", help="Docstrings of Python's standard library; also beside --text."),
     ] = False,
     tokens: Annotated[int, typer.Option(help="Of calibration text.")] = 16_384,
     context: Annotated[int, typer.Option(help="Positions of a window.")] = 2_048,
@@ -60,14 +64,15 @@ def calibrate(
 ) -> None:
     """Collect a model's statistics, from which plans for any sparsity follow.
 
-    Work is saved as it goes: started again after an interruption, it goes on.
+    Without any text given it is what the model writes itself and Python's docstrings. Work is
+    saved as it goes: started again after an interruption, it goes on.
 
     Examples:
         wina calibrate demo -o calibration
 
         wina calibrate HuggingFaceTB/SmolLM2-360M --text corpus.txt --tokens 65536 -o calibration
 
-        wina calibrate demo --text corpus.txt --self --tokens 524288 -o for-tuning
+        wina calibrate demo --text corpus.txt --self --docs --tokens 524288 -o for-tuning
     """
     if text and dataset is not None:
         raise UsageError("give --text or --dataset, not both")
@@ -84,10 +89,12 @@ def calibrate(
         sources.append(FileText(tuple(text)))
     if dataset is not None:
         sources.append(DatasetText(dataset))
-    if self_text or not sources:
-        on_gpu = resolve_device(device).type == "cuda"
-        size = GPU_BATCH if on_gpu else {}
-        sources.append(SelfText(seed=seed, **size))
+    size = GPU_BATCH if resolve_device(device).type == "cuda" else {}
+    if not sources and self_text == docs:
+        sources.append(default_text(seed, **size))
+    else:
+        sources += [SelfText(seed=seed, **size)] if self_text else []
+        sources += [DocsText()] if docs else []
     source = sources[0] if len(sources) == 1 else MixedText(tuple(sources))
     check_replaceable(output, DOCUMENT)
     loaded = options.load(model, dtype, device, revision, trust_remote_code, quantize)

@@ -28,7 +28,7 @@ def reproduce(
     sparsities: Annotated[str, typer.Option(help="Separated by commas.")] = "0.25,0.4,0.5,0.65",
     calibration_text: Annotated[
         list[Path] | None,
-        typer.Option(help="UTF-8 text file; omitted: what the model writes itself."),
+        typer.Option(help="UTF-8 text file; omitted: as of wina calibrate."),
     ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the grid.")] = Path(
         "grid"

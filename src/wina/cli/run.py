@@ -69,8 +69,8 @@ def run(
 ) -> None:
     """Generate text with a sparse model, streaming.
 
-    Without --plan or --calibration the model is calibrated once on text that it writes itself;
-    calibration and plan are kept for the next time.
+    Without --plan or --calibration the model is calibrated once, on text that it writes itself and
+    on docstrings; calibration and plan are kept for the next time.
 
     Examples:
         wina run --prompt "Why is the sky blue?"

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from wina.allocation.build import versions
-from wina.calibration import Calibration, CalibrationSettings, FileText, SelfText, calibrate
+from wina.calibration import Calibration, CalibrationSettings, FileText, calibrate, default_text
 from wina.calibration.text import check_text
 from wina.cost import token_bytes
 from wina.errors import UsageError
@@ -331,7 +331,7 @@ def _calibration(
     return calibrate(
         loaded.model,
         loaded.tokenizer,
-        text or SelfText(),
+        text or default_text(),
         CalibrationSettings(
             tokens=settings.calibration_tokens,
             context=settings.context,
