@@ -1,11 +1,12 @@
 """Tuned plans over texts, sparsities and seeds, and what they lose: the table of docs/results.md.
 
     python benchmarks/tuned_study.py tune study --text wikitext2-valid.txt \
-        --run mix:0.5:0 --run mix:0.65:0 --run self:0.5:0
+        --run text+self:0.5:0 --run text+self+docs:0.5:0 --run self:0.5:0
     python benchmarks/tuned_study.py score study --text wikitext2-test.txt --text topics.txt
 
-A run is CALIBRATION:SPARSITY:SEED. ``self`` is calibrated and tuned on text that the model writes
-itself, ``mix`` on that and on --text in equal parts. What is there already is not made again, and
+A run is TEXT:SPARSITY:SEED. It is calibrated and tuned on equal parts of one or more of --text
+(``text``), what the model writes itself (``self``, always there) and docstrings of Python's library
+(``docs``), joined by a plus sign. What is there already is not made again, and
 ``score --plans 9 --wait SECONDS`` scores plans beside ``tune``s that are still making them.
 
 The gap ratio is (ppl - dense) / (uniform WINA - dense), uniform WINA top-k's perplexity
@@ -30,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wina.allocation.build import versions
 from wina.calibration import Calibration, CalibrationSettings, calibrate, make_plan
-from wina.calibration.text import FileText, MixedText, SelfText
+from wina.calibration.text import DocsText, FileText, MixedText, SelfText, TextSource
 from wina.evaluation import evaluate
 from wina.files import write_text
 from wina.models import load_model
@@ -87,13 +88,14 @@ def tune(
         if path.exists():
             return Calibration.load(path)
         begin = time.perf_counter()
-        if name == "self":
-            source, size = SelfText(seed=0, **BATCH[kind]), settings
-        else:
+        source: TextSource = SelfText(seed=0, **BATCH[kind])
+        parts = name.split("+")
+        size = replace(settings, tokens=len(parts) * tokens)
+        if len(parts) > 1:
             own = calibration("self")
             written = Written(own.document.source, own.tokens[: own.document.tokens])
-            source = MixedText((FileText(tuple(text or [])), written))
-            size = replace(settings, tokens=2 * tokens)
+            known = {"text": FileText(tuple(text or [])), "self": written, "docs": DocsText()}
+            source = MixedText(tuple(known[part] for part in parts))
         made = calibrate(
             loaded.model, loaded.tokenizer, source, size, name=loaded.name, output=path
         )
@@ -103,6 +105,8 @@ def tune(
 
     for one in run:
         name, sparsity, seed = one.split(":")
+        if not {"self"} <= set(name.split("+")) <= {"text", "self", "docs"}:
+            raise typer.BadParameter(f"{name!r} is not of text, self and docs, with self")
         path = folder / "plans" / one.replace(":", "-")
         if path.exists():
             continue

@@ -219,5 +219,5 @@ def _show(content: dict[str, Any]) -> None:
             f"perplexity {quality['sparse']:.2f} at {quality['sparsity']:.1%} "
             f"(KL {quality['kl']:.3f} nats a token)",
         )
-        table.caption = "perplexity on the text of Python's own documentation, not calibrated on"
+        table.caption = "perplexity on Python's language documentation (not calibrated on)"
     Console().print(table)
