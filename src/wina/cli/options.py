@@ -277,7 +277,7 @@ def recommended(
 
 
 def own_calibration(loaded: LoadedModel, seed: int) -> Calibration:
-    """Return a calibration on the model's own text, with enough held-out text for a bound."""
+    """Return a calibration on the default text, with enough held-out text for a bound."""
     identity = identify(loaded.model, loaded.name, loaded.revision)
     return cached_calibration(loaded, identity, quick_settings(loaded, seed, tuning=True))
 
@@ -290,7 +290,7 @@ def default_criterion(calibration: Calibration) -> str:
 def quick_settings(loaded: LoadedModel, seed: int, tuning: bool = False) -> CalibrationSettings:
     """Return settings for a calibration on the way: small where there is no GPU.
 
-    With the held-out text they make whole batches of the model's own text.
+    With the held-out text they make whole pieces of the default text.
     """
     cuda = loaded.model.device.type == "cuda"
     if tuning and cuda:
