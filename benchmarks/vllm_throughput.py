@@ -229,7 +229,9 @@ def measure(engines: list[Engine], arguments: argparse.Namespace) -> list[dict[s
         lengths = numbers(arguments.prefill) or [arguments.prompt]
         each = prompts_of(batch, arguments.prompt)
         decode: dict[str, list[float]] = {engine.name: [] for engine in engines}
-        prefill = {length: {engine.name: [0.0] * 0 for engine in engines} for length in lengths}
+        prefill: dict[int, dict[str, list[float]]] = {
+            length: {engine.name: [] for engine in engines} for length in lengths
+        }
         for turn in range(-1, arguments.rounds):  # the first is to warm up
             for engine in engines:
                 first = engine.run(each, 1)["seconds"]

@@ -157,16 +157,16 @@ def extend(
     kind = device_kind(0)
     known = TABLE.of(kind)
     found: dict[str, Cut | None] = {}
-    open_: list[tuple[Product, int]] = []
+    missing: list[tuple[Product, int]] = []
     for product, tile in itertools.product(dict.fromkeys(wanted), tiles):
         assert tile in TILES
         key = cut_key(tile, product.inputs, product.outputs)
         if key in known and not again:
             found[key] = known[key]
         else:
-            open_.append((product, tile))
+            missing.append((product, tile))
     units = torch.cuda.get_device_properties(DEVICE).multi_processor_count
-    jobs = [(product, tile, cuts(tile, product, units)) for product, tile in open_]
+    jobs = [(product, tile, cuts(tile, product, units)) for product, tile in missing]
     # Compilers side by side, each with a device of its own; what they find is in Triton's cache.
     # Only then is the device quiet, and measured on.
     with ProcessPoolExecutor(COMPILERS, mp_context=get_context("spawn")) as pool:
