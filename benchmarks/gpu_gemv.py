@@ -28,7 +28,7 @@ from wina.kernels import available_backends, reference, use_backend
 from wina.kernels.cuda.rows import TOKENS, Config
 from wina.kernels.cuda.table import TABLE
 from wina.kernels.cuda.tune import Shape, step_shapes, tune
-from wina.kernels.measured import device_kind
+from wina.kernels.measured import device_kind, fields_of
 from wina.kernels.replay import CACHES, Replay, level_of
 
 # hidden, intermediate, query and key-value features
@@ -232,7 +232,7 @@ def tune_all(models: list[str], options: argparse.Namespace) -> dict[str, object
             for shape in shapes(model)[: options.shapes]:
                 for tokens in map(int, options.tuned_tokens.split(",")):
                     found[shape.key(tokens, dtype)] = tune(shape, tokens, dtype, log=log)
-                    entries = {k: None if one is None else asdict(one) for k, one in found.items()}
+                    entries = {key: fields_of(one) for key, one in found.items()}
                     report = {"table": {kind: entries}, "tried": tried}
                     path.write_text(json.dumps(report, indent=1), encoding="utf-8")
     TABLE.remember(kind, found)

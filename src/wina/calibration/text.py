@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import random
 import sys
 import sysconfig
@@ -211,7 +212,6 @@ class DocsText:
     ) -> Iterator[Sequence[int]]:
         """Yield ``size`` ids at a time, piece number ``first`` first, without end."""
         del model, start
-
         texts = chain.from_iterable(_docstrings() for _ in repeat(None))
         stream = chain.from_iterable(
             tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"] for text in texts
@@ -228,13 +228,12 @@ def _library() -> Path:
 
 def _docstrings() -> Iterator[str]:
     """Yield long docstrings of the standard library, its files in a fixed random order."""
-    library = _library()
     left_out = {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
-    paths = sorted(
-        path
-        for path in library.rglob("*.py")
-        if not left_out & set(path.relative_to(library).parts[:-1])
-    )
+    paths = []
+    for folder, folders, names in os.walk(_library()):
+        folders[:] = [name for name in folders if name not in left_out]  # not walked at all
+        paths += [Path(folder, name) for name in names if name.endswith(".py")]
+    paths.sort()
     random.Random(0).shuffle(paths)
     for path in paths:
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +14,7 @@ from wina.errors import UsageError, WinaError
 from wina.kernels.backends import unavailable
 from wina.kernels.cuda import tune
 from wina.kernels.cuda.rows import TOKENS
-from wina.kernels.measured import device_kind
+from wina.kernels.measured import device_kind, fields_of
 from wina.kernels.triton import TILES
 from wina.models.loading import DTYPES, load_config
 
@@ -75,14 +74,12 @@ def autotune(
         wanted = products.products(*sizes)
         found |= products.extend(wanted, many, DTYPES[dtype], again=again)
     kind = device_kind(0)
+    entries = {key: fields_of(one) for key, one in found.items()}
     if as_json:
-        entries = {key: None if one is None else asdict(one) for key, one in found.items()}
         options.print_json({"device": kind, "dtype": dtype, "configurations": entries})
         return
     table = Table("launch", "configuration", title=kind)
-    for key, one in found.items():
-        chosen = (
-            "not used" if one is None else ", ".join(f"{k} {v}" for k, v in asdict(one).items())
-        )
-        table.add_row(key, chosen)
+    for key, fields in entries.items():
+        chosen = ", ".join(f"{name} {value}" for name, value in (fields or {}).items())
+        table.add_row(key, chosen or "not used")
     Console().print(table)

@@ -147,7 +147,7 @@ def extend(
 
     Args:
         wanted: the products.
-        tiles: rows of x, each one of ``product.TILES``.
+        tiles: rows of x, each one of ``wina.kernels.triton.TILES``.
         dtype: float16 or bfloat16; they share what is found.
         again: tune what the tables have, too.
 
