@@ -178,6 +178,48 @@ def test_gate_and_up(emulate: Callable[..., None], bits: int) -> None:
     assert_close(found, exact, rtol=TOLERANCE[torch.float16] * 2, atol=TOLERANCE[torch.float16] * 8)
 
 
+def some_dense(
+    x: Tensor,
+    weights: list[QuantizedWeight],
+    thresholds: list[Tensor],
+    biases: list[Tensor | None],
+    flags: Tensor,
+    extras: list[Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    """Return what rows of which only those that flags names are sparse give, and their terms."""
+    found, terms = [], []
+    for weight, vector, *both in zip(weights, thresholds, biases, extras, strict=True):
+        bias, extra = (torch.zeros(weight.shape[0]) if x is None else x.cpu() for x in both)
+        kept = torch.where(flags[:, None], reference.drop(x, vector), x).double()
+        matrix = dequantize(weight).double().t()
+        found.append(kept @ matrix + bias.double() + flags[:, None] * extra.double())
+        terms.append((kept.square() @ matrix.square()).sqrt())
+    return torch.cat(found, -1), torch.cat(terms, -1)
+
+
+@pytest.mark.parametrize(("bits", "zeros"), [(4, "none"), (4, "points"), (8, "none")])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_flags_sparse_biases_and_results_side_by_side(
+    emulate: Callable[..., None], bits: int, zeros: str, tokens: int
+) -> None:
+    dtype, sizes = torch.bfloat16, (136, 64, 68)
+    weights = [case(n, n, 3, 64, bits, zeros, dtype).weight() for n in sizes]
+    x = replace(case(tokens, 1, 3, 64, bits, zeros, dtype), rows=tokens).x() / 16
+    thresholds = [torch.rand(192) * (1 + i) / 16 for i in range(3)]
+    biases = [torch.randn(136).to(dtype), None, None]
+    extras = [None, torch.randn(64).to(dtype), torch.randn(68).to(dtype)]
+    flat = [tensor for weight in weights for tensor in weight]
+    for first in (0, 1):
+        flags = torch.arange(tokens) % 2 == first
+        out = torch.full((tokens, sum(sizes)), float("nan"), dtype=dtype)
+        emulate(x, flags, out, *flat, *thresholds, *biases, *extras)
+        given = {"flags": flags, "sparse_biases": extras, "out": out}
+        launch(x, weights, thresholds, biases, CONFIGS["cluster"], **given)
+        wanted, _ = some_dense(x, weights, thresholds, biases, flags, extras)
+        allowed = TOLERANCE[dtype]
+        assert_close(out, wanted.to(dtype), rtol=allowed, atol=allowed * 8)
+
+
 def test_what_is_not_finite_is_seen(emulate: Callable[..., None]) -> None:
     one = case(1, 128, 2, 64, 4, "none", torch.bfloat16)
     x, weight = one.x(), one.weight()
@@ -276,3 +318,56 @@ def test_a_gated_mlp_on_a_device(bits: int) -> None:
     moved = [[t.cuda() for t in part] if isinstance(part, list) else part for part in arguments]
     found = OPS.quantized_gated_mlp(x.cuda(), *moved)
     assert_close(found.cpu(), exact, rtol=1e-3, atol=1e-2)
+
+
+SHAPES = {  # outputs of each projection, groups, inputs of a group
+    "qkv": ((4096, 1024, 1024), 32, 128),
+    "gate and up": ((14336, 14336), 32, 128),
+    "down": ((4096,), 112, 128),
+    "odd": ((196, 68, 64), 9, 64),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("bits", "zeros"), [(4, "none"), (4, "points"), (8, "none"), (8, "points")]
+)
+def test_rows_of_which_some_are_dense_on_a_device(
+    bits: int, zeros: str, shape: str, rows: int, dtype: torch.dtype
+) -> None:
+    """One launch for all projections, also captured, where the mix is another in each replay."""
+    from wina.kernels.gpu import flagged_quantized_linears
+
+    torch.manual_seed(rows)
+    sizes, groups, group = SHAPES[shape]
+    weights = [case(n, n, groups, group, bits, zeros, dtype).weight() for n in sizes]
+    x = replace(case(rows, 1, groups, group, bits, zeros, dtype), rows=rows).x() / 16
+    thresholds = list((torch.rand(len(sizes), groups * group) * 0.1).unbind())
+    biases: list[Tensor | None] = [torch.randn(n).to(dtype) for n in sizes]
+    extras: list[Tensor | None] = [torch.randn(n).to(dtype) for n in sizes]
+    biases[0] = extras[-1] = None
+    on_device, moved = x.cuda(), [to_device(weight) for weight in weights]
+    vectors = [vector.cuda() for vector in thresholds]
+    own, more = ([None if b is None else b.cuda() for b in each] for each in (biases, extras))
+    place = torch.ones(rows, dtype=torch.bool, device="cuda")
+
+    def run() -> Tensor:
+        found = flagged_quantized_linears(on_device, moved, vectors, own, place, more)
+        assert found is not None
+        return found
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for flags in (torch.rand(rows) > 0.5, torch.zeros(rows).bool(), torch.ones(rows).bool()):
+        place.copy_(flags)
+        wanted, terms = some_dense(x, weights, thresholds, biases, flags, extras)
+        allowed = TOLERANCE[dtype] * (terms + wanted.abs() + 1e-3)
+        assert ((run().cpu().double() - wanted).abs() <= allowed).all()
+        graph.replay()
+        assert ((captured.cpu().double() - wanted).abs() <= allowed).all()

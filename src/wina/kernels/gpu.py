@@ -152,6 +152,20 @@ def quantized_linear(
     return quantized.linears(x, [found], [thresholds], _unpack(bias, 1))[0]
 
 
+def flagged_quantized_linears(
+    x: Tensor,
+    weights: Sequence[QuantizedWeight],
+    thresholds: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    flags: Tensor,
+    sparse_biases: Sequence[Tensor | None],
+) -> Tensor | None:
+    """Return ``flagged_linears`` of quantized weights; None where no kernel does that."""
+    if _backend() is not cuda:
+        return None
+    return quantized.flagged_linears(x, weights, thresholds, biases, flags, sparse_biases)
+
+
 def quantized_linears(
     x: Tensor,
     norm: list[Tensor],

@@ -37,8 +37,9 @@ struct Projection {
   const scale_type* scales;  // (groups, outputs)
   const void* zeros;         // (groups, outputs), or null
   const float* thresholds;
-  const element* bias;  // or null
-  element* out;         // (tokens, outputs)
+  const element* bias;         // or null
+  const element* sparse_bias;  // added to tokens that channels are dropped of, or null; not GATED
+  element* out;                // (tokens, outputs)
   int row;              // bytes
   int outputs, tiles, shift;  // shift: of a segment's number to its group's
 };
@@ -48,6 +49,8 @@ struct Arguments {
   const element* x;         // (tokens, inputs)
   const element* norm;      // RMSNorm's weight, or null
   const element* residual;  // (tokens, outputs), added to the first projection's output, or null
+  const u8* flags;          // (tokens,): 0 where a token's channels are all live; or null; not GATED
+  long long pitch;  // elements from token to token of the outputs; 0: of each projection its outputs
   float epsilon;
   int inputs, tokens, count, activation, capacity;  // capacity: segments of a block
 };
@@ -212,16 +215,18 @@ __device__ __forceinline__ void read_gate(Gate& gate, const Arguments& a, int wh
 
 // What is added to an output, read long before its sum is known.
 struct Added {
-  element bias[LISTS], residual;
+  element bias[LISTS], sparse_bias[LISTS], residual;
   scale_type scale[LISTS];
 };
 
 __device__ __forceinline__ void read_added(Added& added, const Arguments& a, int which, int token,
-                                           int output) {
+                                           int output, bool masked) {
 #pragma unroll
   for (int list = 0; list < LISTS; ++list) {
     const Projection& p = a.projections[GATED ? list : which];
     added.bias[list] = p.bias ? load_one(p.bias + output) : element(0);
+    added.sparse_bias[list] =
+        !GATED && masked && p.sparse_bias ? load_one(p.sparse_bias + output) : element(0);
     if (ONE) added.scale[list] = __ldg(p.scales + output);
   }
   added.residual = element(0);
@@ -286,12 +291,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const u64 policy = stream_policy();
   wait_for_inputs();
 
+  const bool masked = GATED || !a.flags || a.flags[token];
   Vector found_x;
   if (thread < mine * CHUNKS) found_x = load_fresh(x + begin * SEGMENT + thread * WIDTH);
   Added added;
   {
     const int c = rank * SHARE + thread, to = tile * COLUMNS + c;
-    if (thread < SHARE && c < COLUMNS && to < outputs) read_added(added, a, which, token, to);
+    if (thread < SHARE && c < COLUMNS && to < outputs) read_added(added, a, which, token, to, masked);
   }
   float norm_scale = 1.0f;
 #if NORM
@@ -344,7 +350,8 @@ u32 live[LISTS], most = 0;
       for (int i = 0; i < WIDTH; ++i) {
         const float size = fabsf(now[i]);
         // Written so that NaN is kept; a zero adds nothing.
-        const bool keep = inside && !(size < gate.thresholds[list][i]) && size != 0.0f;
+        const bool keep =
+            inside && !(masked && size < gate.thresholds[list][i]) && size != 0.0f;
         live[list] |= u32(keep) << i;
         // As bits, so that NaN is above all.
         most = keep ? max(most, __float_as_uint(size)) : most;
@@ -560,7 +567,7 @@ u32 live[LISTS], most = 0;
   for (int i = thread; i < SHARE; i += THREADS) {
     const int c = rank * SHARE + i, to = tile * COLUMNS + c;
     if (c >= COLUMNS || to >= outputs) continue;
-    if (i != thread) read_added(added, a, which, token, to);
+    if (i != thread) read_added(added, a, which, token, to, masked);
     float found[LISTS];
 #pragma unroll
     for (int list = 0; list < LISTS; ++list) {
@@ -568,9 +575,9 @@ u32 live[LISTS], most = 0;
 #pragma unroll
       for (int r = 0; r < CLUSTER; ++r) sum += parts[r][list][i];
       if (ONE) sum *= scale_of(added.scale[list]);
-      found[list] = rounded(sum + to_float(added.bias[list]));
+      found[list] = rounded(sum + to_float(added.bias[list]) + to_float(added.sparse_bias[list]));
     }
-    const long long place = static_cast<long long>(token) * outputs + to;
+    const long long pitch = !GATED && a.pitch ? a.pitch : outputs, place = token * pitch + to;
 #if GATED
     a.projections[0].out[place] =
         to_element(rounded(activate(found[0], a.activation)) * found[LISTS - 1]);

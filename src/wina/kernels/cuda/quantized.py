@@ -51,6 +51,7 @@ class _Projection(ctypes.Structure):
         ("zeros", ctypes.c_void_p),
         ("thresholds", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+        ("sparse_bias", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("row", ctypes.c_int),
         ("outputs", ctypes.c_int),
@@ -65,6 +66,8 @@ class _Arguments(ctypes.Structure):
         ("x", ctypes.c_void_p),
         ("norm", ctypes.c_void_p),
         ("residual", ctypes.c_void_p),
+        ("flags", ctypes.c_void_p),
+        ("pitch", ctypes.c_longlong),
         ("epsilon", ctypes.c_float),
         ("inputs", ctypes.c_int),
         ("tokens", ctypes.c_int),
@@ -183,8 +186,26 @@ def launch(
     norm: Tensor | None = None,
     epsilon: float = 0.0,
     residual: Tensor | None = None,
+    flags: Tensor | None = None,
+    sparse_biases: Sequence[Tensor | None] | None = None,
+    out: Tensor | None = None,
 ) -> list[Tensor]:
-    """Return W drop(x) + b of each projection; ``fits`` must hold. See ``rows.rows``."""
+    """Return W drop(x) + b of each projection; ``fits`` must hold. See ``rows.rows``.
+
+    Args:
+        x: shape (..., inputs), CUDA.
+        weights: one to three, of one format.
+        thresholds: shape (inputs,), float32, one of each projection.
+        biases: shape (outputs,), x's dtype, or None, likewise.
+        config: how the work is cut up.
+        activation: see ``rows.rows``, as norm, epsilon, residual, flags and out.
+        norm: likewise.
+        epsilon: likewise.
+        residual: likewise.
+        flags: likewise.
+        sparse_biases: as ``biases``, added to the tokens alone of which channels are dropped.
+        out: likewise.
+    """
     x = x.contiguous()
     inputs = x.shape[-1]
     tokens = x.numel() // inputs
@@ -201,6 +222,8 @@ def launch(
         x=x.data_ptr(),
         norm=None if norm is None else norm.data_ptr(),
         residual=None if residual is None else residual.data_ptr(),
+        flags=None if flags is None else flags.data_ptr(),
+        pitch=0 if out is None else out.shape[-1],
         epsilon=epsilon,
         inputs=inputs,
         tokens=tokens,
@@ -209,19 +232,24 @@ def launch(
         capacity=capacity,
     )
     results, tiles = [], 0
-    for place, (weight, vector, bias) in enumerate(zip(weights, thresholds, biases, strict=True)):
-        projection, out = arguments.projections[place], weight.shape[0]
+    extras = sparse_biases or [None] * len(weights)
+    held = None if out is None else torch.split(out, [weight.shape[0] for weight in weights], -1)
+    each = zip(weights, thresholds, biases, extras, strict=True)
+    for place, (weight, vector, bias, extra) in enumerate(each):
+        projection, outputs = arguments.projections[place], weight.shape[0]
         projection.codes, projection.scales = weight.codes.data_ptr(), weight.scales.data_ptr()
         projection.zeros = weight.zeros.data_ptr() if weight.zeros.numel() else None
         projection.thresholds = vector.data_ptr()
         projection.bias = None if bias is None else bias.data_ptr()
-        projection.row, projection.outputs = weight.codes.shape[1], out
+        projection.sparse_bias = None if extra is None else extra.data_ptr()
+        projection.row, projection.outputs = weight.codes.shape[1], outputs
         projection.tiles = -(-weight.codes.shape[1] // (16 * config.lanes))
         # One group: all segments are its own.
         per = weight.group_size // segment
         projection.shift = per.bit_length() - 1 if len(weight.scales) > 1 else 31
         if activation is None or place == 0:
-            results.append(x.new_empty((*x.shape[:-1], out)))
+            fresh = x.new_empty((*x.shape[:-1], outputs)) if held is None else held[place]
+            results.append(fresh)
             projection.out = results[-1].data_ptr()
             tiles += projection.tiles
     shared = shared_bytes(config, inputs, gated, segment, weights[0].bits)
@@ -250,6 +278,36 @@ def linears(
         return first + rest
     matrices = [dequantize(weight).to(x.dtype) for weight in weights]
     return reference.fused_linears(x, norm, epsilon, matrices, thresholds, biases, residual)
+
+
+def flagged_linears(
+    x: Tensor,
+    weights: Sequence[QuantizedWeight],
+    thresholds: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    flags: Tensor,
+    sparse_biases: Sequence[Tensor | None],
+) -> Tensor | None:
+    """Return the projections side by side in one launch; None where the kernel does not fit.
+
+    Args:
+        x: shape (rows, inputs).
+        weights: of one format, one of each projection.
+        thresholds: shape (inputs,), float32, likewise.
+        biases: shape (outputs,), x's dtype, or None, likewise.
+        flags: False for rows that nothing is dropped of, shape (rows,), bool.
+        sparse_biases: as ``biases``, added to the other rows alone.
+
+    Returns:
+        Shape (rows, all outputs).
+    """
+    if len(weights) > MOST or not fits(x, weights):
+        return None
+    out = x.new_empty(len(x), sum(weight.shape[0] for weight in weights))
+    config = _config(x, weights, gated=False)
+    rest = (biases, config)
+    launch(x, weights, thresholds, *rest, flags=flags, sparse_biases=sparse_biases, out=out)
+    return out
 
 
 def gated_mlp(
