@@ -11,6 +11,7 @@ from torch import Tensor
 
 from wina.kernels import backends, cuda, triton
 from wina.kernels.cuda import quantized
+from wina.kernels.packing import only, unpack_biases
 from wina.kernels.quantized import QuantizedWeight
 
 CUDA, TRITON = "cuda", "triton"
@@ -26,8 +27,8 @@ def fused_linears(
     residual: list[Tensor],
 ) -> list[Tensor]:
     """Return ``reference.fused_linears``."""
-    arguments = (x, weights, thresholds, _unpack(biases, len(weights)))
-    results: list[Tensor] = _backend().linears(*arguments, _first(norm), epsilon, _first(residual))
+    arguments = (x, weights, thresholds, unpack_biases(biases, len(weights)))
+    results: list[Tensor] = _backend().linears(*arguments, only(norm), epsilon, only(residual))
     return results
 
 
@@ -42,14 +43,14 @@ def fused_gated_mlp(
     residual: list[Tensor],
 ) -> Tensor:
     """Return ``reference.fused_gated_mlp``."""
-    arguments = (x, weights, thresholds, activation, _unpack(biases, 3))
-    result: Tensor = _backend().gated_mlp(*arguments, _first(norm), epsilon, _first(residual))
+    arguments = (x, weights, thresholds, activation, unpack_biases(biases, 3))
+    result: Tensor = _backend().gated_mlp(*arguments, only(norm), epsilon, only(residual))
     return result
 
 
 def sparse_linear(x: Tensor, weight: Tensor, thresholds: Tensor, bias: list[Tensor]) -> Tensor:
     """Return ``reference.sparse_linear``."""
-    result: Tensor = _backend().linears(x, [weight], [thresholds], _unpack(bias, 1))[0]
+    result: Tensor = _backend().linears(x, [weight], [thresholds], unpack_biases(bias, 1))[0]
     return result
 
 
@@ -57,7 +58,7 @@ def sparse_linears(
     x: Tensor, weights: list[Tensor], thresholds: list[Tensor], biases: list[Tensor]
 ) -> list[Tensor]:
     """Return ``reference.sparse_linears``."""
-    found = _unpack(biases, len(weights))
+    found = unpack_biases(biases, len(weights))
     results: list[Tensor] = _backend().linears(x, weights, thresholds, found)
     return results
 
@@ -75,7 +76,7 @@ def sparse_gated_mlp(
 ) -> Tensor:
     """Return ``reference.sparse_gated_mlp``."""
     thresholds = [gate_thresholds, up_thresholds, down_thresholds]
-    arguments = (x, [gate, up, down], thresholds, activation, _unpack(biases, 3))
+    arguments = (x, [gate, up, down], thresholds, activation, unpack_biases(biases, 3))
     result: Tensor = _backend().gated_mlp(*arguments)
     return result
 
@@ -149,7 +150,7 @@ def quantized_linear(
 ) -> Tensor:
     """Return W drop(x) + b of a quantized weight."""
     found = QuantizedWeight(*weight)
-    return quantized.linears(x, [found], [thresholds], _unpack(bias, 1))[0]
+    return quantized.linears(x, [found], [thresholds], unpack_biases(bias, 1))[0]
 
 
 def flagged_quantized_linears(
@@ -176,8 +177,8 @@ def quantized_linears(
     residual: list[Tensor],
 ) -> list[Tensor]:
     """Return ``fused_linears`` of quantized weights."""
-    found = _unpack(biases, len(thresholds))
-    rest = (found, _first(norm), epsilon, _first(residual))
+    found = unpack_biases(biases, len(thresholds))
+    rest = (found, only(norm), epsilon, only(residual))
     return quantized.linears(x, _quantized(weights), thresholds, *rest)
 
 
@@ -192,7 +193,7 @@ def quantized_gated_mlp(
     residual: list[Tensor],
 ) -> Tensor:
     """Return ``fused_gated_mlp`` of quantized weights."""
-    rest = (_unpack(biases, 3), _first(norm), epsilon, _first(residual))
+    rest = (unpack_biases(biases, 3), only(norm), epsilon, only(residual))
     return quantized.gated_mlp(x, _quantized(weights), thresholds, activation, *rest)
 
 
@@ -244,13 +245,5 @@ def _backend() -> Any:
     return cuda
 
 
-def _unpack(biases: Sequence[Tensor], count: int) -> list[Tensor | None]:
-    return [bias if bias.numel() else None for bias in biases] or [None] * count
-
-
 def _quantized(tensors: Sequence[Tensor]) -> list[QuantizedWeight]:
     return [QuantizedWeight(*tensors[i : i + 3]) for i in range(0, len(tensors), 3)]
-
-
-def _first(tensors: Sequence[Tensor]) -> Tensor | None:
-    return tensors[0] if tensors else None

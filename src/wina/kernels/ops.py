@@ -16,11 +16,11 @@ from torch.nn import functional
 
 from wina.errors import UsageError
 from wina.kernels import backends, quantized, reference
+from wina.kernels.packing import only, pack_biases, unpack_biases
 
 NAMESPACE = "wina"
 
-# Biases are none for an empty list, else one for each projection; an empty tensor is no bias.
-# (Not `Tensor?`: torch's stable C interface passes lists alike in all versions.)
+# What may be absent is a list: wina.kernels.packing.
 SCHEMAS = {
     "sparse_linear": "(Tensor x, Tensor weight, Tensor thresholds, Tensor[] bias) -> Tensor",
     "sparse_linears": (
@@ -89,7 +89,7 @@ def sparse_linears(
     if _needs_reference(x, *weights, *(biases or ())):
         return reference.sparse_linears(x, weights, thresholds, biases)
     results: list[Tensor] = torch.ops.wina.sparse_linears(
-        x, list(weights), list(thresholds), _pack(x, biases or ())
+        x, list(weights), list(thresholds), pack_biases(x, biases or ())
     )
     return results
 
@@ -120,7 +120,7 @@ def sparse_gated_mlp(
     biases = (gate_bias, up_bias, down_bias)
     if _needs_reference(x, *weights, *biases):
         return reference.sparse_gated_mlp(x, *weights, *thresholds, activation, *biases)
-    packed = _pack(x, biases)
+    packed = pack_biases(x, biases)
     result: Tensor = torch.ops.wina.sparse_gated_mlp(x, *weights, *thresholds, activation, packed)
     return result
 
@@ -174,26 +174,16 @@ def _needs_reference(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _pack(x: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
-    if all(bias is None for bias in biases):
-        return []
-    return [x.new_empty(0) if bias is None else bias for bias in biases]
-
-
-def _unpack(biases: list[Tensor], count: int) -> list[Tensor | None]:
-    return [bias if bias.numel() else None for bias in biases] or [None] * count
-
-
 def reference_linear(x: Tensor, weight: Tensor, thresholds: Tensor, bias: list[Tensor]) -> Tensor:
     """Compute ``sparse_linear`` in plain torch, arguments as the operator's."""
-    return reference.sparse_linear(x, weight, thresholds, *_unpack(bias, 1))
+    return reference.sparse_linear(x, weight, thresholds, *unpack_biases(bias, 1))
 
 
 def reference_linears(
     x: Tensor, weights: list[Tensor], thresholds: list[Tensor], biases: list[Tensor]
 ) -> list[Tensor]:
     """Compute ``sparse_linears`` in plain torch, arguments as the operator's."""
-    return reference.sparse_linears(x, weights, thresholds, _unpack(biases, len(weights)))
+    return reference.sparse_linears(x, weights, thresholds, unpack_biases(biases, len(weights)))
 
 
 def reference_gated_mlp(
@@ -210,7 +200,7 @@ def reference_gated_mlp(
     """Compute ``sparse_gated_mlp`` in plain torch, arguments as the operator's."""
     thresholds = (gate_thresholds, up_thresholds, down_thresholds)
     return reference.sparse_gated_mlp(
-        x, gate, up, down, *thresholds, activation, *_unpack(biases, 3)
+        x, gate, up, down, *thresholds, activation, *unpack_biases(biases, 3)
     )
 
 
@@ -223,9 +213,9 @@ def _fused_linears(
     biases: list[Tensor],
     residual: list[Tensor],
 ) -> list[Tensor]:
-    found = _unpack(biases, len(weights))
-    first = (_only(norm), epsilon)
-    return reference.fused_linears(x, *first, weights, thresholds, found, _only(residual))
+    found = unpack_biases(biases, len(weights))
+    first = (only(norm), epsilon)
+    return reference.fused_linears(x, *first, weights, thresholds, found, only(residual))
 
 
 def _fused_gated_mlp(
@@ -238,12 +228,8 @@ def _fused_gated_mlp(
     biases: list[Tensor],
     residual: list[Tensor],
 ) -> Tensor:
-    rest = (activation, _unpack(biases, 3), _only(residual))
-    return reference.fused_gated_mlp(x, _only(norm), epsilon, weights, thresholds, *rest)
-
-
-def _only(tensors: list[Tensor]) -> Tensor | None:
-    return tensors[0] if tensors else None
+    rest = (activation, unpack_biases(biases, 3), only(residual))
+    return reference.fused_gated_mlp(x, only(norm), epsilon, weights, thresholds, *rest)
 
 
 def _fake_fused_linears(
@@ -278,7 +264,7 @@ def _fake_gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *rest: ob
 
 
 def _dense(x: Tensor, weight: Tensor, bias: list[Tensor]) -> Tensor:
-    return functional.linear(x, weight, *_unpack(bias, 1))
+    return functional.linear(x, weight, *unpack_biases(bias, 1))
 
 
 def _fake_dense(x: Tensor, weight: Tensor, bias: list[Tensor]) -> Tensor:

@@ -30,6 +30,7 @@ from torch.nn import functional
 from wina.errors import UsageError
 from wina.kernels import backends, reference
 from wina.kernels.cpu.library import Arena
+from wina.kernels.packing import only, unpack_biases
 
 BLOCK_BYTES = 64
 BITS = (8, 4)
@@ -210,9 +211,8 @@ def _linears(
     residual: list[Tensor],
 ) -> list[Tensor]:
     matrices = [_matrix(weight, x.dtype) for weight in _weights(weights)]
-    found = [bias if bias.numel() else None for bias in biases] or None
-    arguments = (matrices, thresholds, found, residual[0] if residual else None)
-    return reference.fused_linears(x, norm[0] if norm else None, epsilon, *arguments)
+    arguments = (matrices, thresholds, unpack_biases(biases, len(matrices)), only(residual))
+    return reference.fused_linears(x, only(norm), epsilon, *arguments)
 
 
 def _gated_mlp(
@@ -226,9 +226,8 @@ def _gated_mlp(
     residual: list[Tensor],
 ) -> Tensor:
     matrices = [_matrix(weight, x.dtype) for weight in _weights(weights)]
-    found = [bias if bias.numel() else None for bias in biases] or None
-    arguments = (matrices, thresholds, activation, found, residual[0] if residual else None)
-    return reference.fused_gated_mlp(x, norm[0] if norm else None, epsilon, *arguments)
+    arguments = (matrices, thresholds, activation, unpack_biases(biases, 3), only(residual))
+    return reference.fused_gated_mlp(x, only(norm), epsilon, *arguments)
 
 
 def _weights(tensors: Sequence[Tensor]) -> list[QuantizedWeight]:
