@@ -200,17 +200,6 @@ __device__ __forceinline__ void cluster_arrive() {
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-__device__ __forceinline__ void cluster_sync() {
-  cluster_arrive();
-  cluster_wait();
-}
-__device__ __forceinline__ float read_from(const float* mine, int rank) {
-  u32 local = static_cast<u32>(__cvta_generic_to_shared(mine)), remote;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
-  float value;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote) : "memory");
-  return value;
-}
 // Writes a block's shared memory at the place that is mine in this one. That block must have started.
 __device__ __forceinline__ void write_to(float* mine, int rank, float value) {
   u32 local = static_cast<u32>(__cvta_generic_to_shared(mine)), remote;
