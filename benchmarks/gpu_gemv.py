@@ -27,9 +27,10 @@ from torch.nn import functional
 from wina.kernels import available_backends, reference, use_backend
 from wina.kernels.cuda.rows import TOKENS, Config
 from wina.kernels.cuda.table import TABLE
-from wina.kernels.cuda.tune import Shape, step_shapes, tune
+from wina.kernels.cuda.tune import tune
 from wina.kernels.measured import device_kind, fields_of
 from wina.kernels.replay import CACHES, Replay, level_of
+from wina.kernels.shapes import Shape, step_shapes
 
 # hidden, intermediate, query and key-value features
 MODELS = {

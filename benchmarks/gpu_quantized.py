@@ -33,9 +33,10 @@ from wina.kernels import QuantizedWeight, reference
 from wina.kernels.cuda import quantized
 from wina.kernels.cuda.compile import compiled, mapping
 from wina.kernels.cuda.quantized import Config
-from wina.kernels.cuda.tune import COMPILERS, Shape, step_shapes
+from wina.kernels.cuda.tune import COMPILERS
 from wina.kernels.quantized import dequantize
 from wina.kernels.replay import CACHES, Replay, level_of
+from wina.kernels.shapes import Shape, step_shapes
 
 DEVICE = torch.device("cuda")
 EPSILON = 1e-5

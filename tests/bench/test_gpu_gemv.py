@@ -19,6 +19,7 @@ from wina.bench import CONFIGS
 from wina.kernels.cuda import rows, table, tune
 from wina.kernels.measured import Measured, fields_of
 from wina.kernels.replay import Timing
+from wina.kernels.shapes import Shape, sizes_of, step_shapes
 from wina.kernels.triton import product
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/gpu_gemv.py"
@@ -170,7 +171,7 @@ def test_autotune(
     finally:
         table.TABLE.forget()
     config = CONFIGS.get("llama-3-8b")
-    assert [shape.outputs for shape in tune.step_shapes(*tune.sizes_of(config))] == [
+    assert [shape.outputs for shape in step_shapes(*sizes_of(config))] == [
         (14336,),
         (4096,),
         (4096, 1024, 1024),
@@ -189,7 +190,7 @@ def test_autotune_of_the_masked_product(
     monkeypatch.setattr(products, "Replay", Replay)
     monkeypatch.setattr(products, "ProcessPoolExecutor", lambda *a, **b: ThreadPoolExecutor(1))
     monkeypatch.setattr("wina.cli.autotune.unavailable", lambda name: None)
-    monkeypatch.setattr("wina.cli.autotune.tune.sizes_of", lambda config: sizes)
+    monkeypatch.setattr("wina.cli.autotune.sizes_of", lambda config: sizes)
     shapes = ["64->96+96", "96->64", "64->64+32+32", "64->64"]
     arguments = ("autotune", "--config", "smollm2-135m", "--dtype", "float16", "--json")
     try:
@@ -198,7 +199,7 @@ def test_autotune_of_the_masked_product(
         found = json.loads(done.out)["configurations"]
         assert found == {f"16 {shape}": None for shape in shapes}
         assert set(product.TABLE.of("sm_90/4")) == set(found)
-        cuts = products.cuts(16, products.Product(4096, (4096,)), 132)
+        cuts = products.cuts(16, Shape(4096, (4096,)), 132)
         assert len(cuts) == len(set(cuts)) > 10
         done = cli(*arguments[:-2], "float32", "--tokens", "16")
         assert done.code == 2

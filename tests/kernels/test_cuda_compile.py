@@ -16,7 +16,8 @@ from wina.errors import WinaError
 from wina.kernels.cuda import rows, table
 from wina.kernels.cuda.attention import UNROLL
 from wina.kernels.cuda.compile import compiled, mapping
-from wina.kernels.cuda.tune import Shape, cuts, streams
+from wina.kernels.cuda.tune import cuts, streams
+from wina.kernels.shapes import Shape
 
 HOPPER, UNITS = (9, 0), 132
 LLAMA = [

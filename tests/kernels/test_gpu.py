@@ -14,8 +14,9 @@ from torch.testing import assert_close
 from wina.kernels import available_backends, decode_attention, reference, use_backend
 from wina.kernels.cuda import table
 from wina.kernels.cuda.rows import Config, rows
-from wina.kernels.cuda.tune import Shape, tune
+from wina.kernels.cuda.tune import tune
 from wina.kernels.measured import device_kind
+from wina.kernels.shapes import Shape
 
 pytestmark = pytest.mark.gpu
 

@@ -15,6 +15,7 @@ from wina.kernels.backends import unavailable
 from wina.kernels.cuda import tune
 from wina.kernels.cuda.rows import TOKENS
 from wina.kernels.measured import device_kind, fields_of
+from wina.kernels.shapes import sizes_of, step_shapes
 from wina.kernels.triton import TILES
 from wina.models.loading import DTYPES, load_config
 
@@ -62,17 +63,16 @@ def autotune(
     if many and dtype == "float32":
         raise UsageError(f"--tokens {many[0]} is of float16 and bfloat16 alone")
     known = CONFIGS.get(config) if config is not None else load_config(model, revision)
-    sizes = tune.sizes_of(known)
+    shapes = step_shapes(*sizes_of(known))
     if reason := unavailable("cuda"):
         raise WinaError(f"autotune measures the CUDA kernels, which cannot run here: {reason}")
     few = [number for number in rows if number in TOKENS]
     found: dict[str, Any] = {}
-    found |= tune.extend(tune.step_shapes(*sizes), few, DTYPES[dtype], again=again)
+    found |= tune.extend(shapes, few, DTYPES[dtype], again=again)
     if many:
         from wina.kernels.triton import tune as products
 
-        wanted = products.products(*sizes)
-        found |= products.extend(wanted, many, DTYPES[dtype], again=again)
+        found |= products.extend(shapes, many, DTYPES[dtype], again=again)
     kind = device_kind(0)
     entries = {key: fields_of(one) for key, one in found.items()}
     if as_json:

@@ -8,7 +8,7 @@ masking inside a kernel does not pay.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -18,6 +18,7 @@ import torch
 from wina.files import cached, write_text
 
 Configuration = TypeVar("Configuration")
+Job = TypeVar("Job")
 Fields = dict[str, dict[str, dict[str, int] | None]]
 
 
@@ -54,6 +55,15 @@ class Measured(Generic[Configuration]):
                 self._known.setdefault(other, {}).update(entries)
         return self._known.get(kind, {})
 
+    def best(
+        self, device: int, key: str, rule: Callable[[int], Configuration | None]
+    ) -> Configuration | None:
+        """Return what was measured on a device, else a rule's for so many multiprocessors."""
+        known = self.of(device_kind(device))
+        if key in known:
+            return known[key]
+        return rule(torch.cuda.get_device_properties(device).multi_processor_count)
+
     def once(
         self, asked: tuple[Any, ...], answer: Callable[..., Configuration | None]
     ) -> Configuration | None:
@@ -73,6 +83,34 @@ class Measured(Generic[Configuration]):
         write_text(self.path, json.dumps(fields, indent=1, sort_keys=True))
         self.forget()
         return self.path
+
+    def extend(
+        self,
+        wanted: Mapping[str, Job],
+        tune: Callable[[Sequence[Job]], Iterable[Configuration | None]],
+        *,
+        again: bool = False,
+    ) -> dict[str, Configuration | None]:
+        """Tune what is not known of the first device.
+
+        Each result is kept before the next is asked for, so an interrupted run goes on.
+
+        Args:
+            wanted: what to tune, by the shape's name.
+            tune: yields a configuration for each, or None, one after the other.
+            again: tune what is known, too.
+
+        Returns:
+            By the shape's name, also what was known.
+        """
+        kind = device_kind(0)
+        known = self.of(kind)
+        missing = {key: job for key, job in wanted.items() if again or key not in known}
+        found = {key: known[key] for key in wanted if key not in missing}
+        for key, one in zip(missing, tune(list(missing.values())), strict=True):
+            found[key] = one
+            self.remember(kind, {key: one})
+        return {key: found[key] for key in wanted}
 
     def forget(self) -> None:
         """Read the tables anew at the next question."""

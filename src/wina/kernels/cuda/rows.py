@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from wina.kernels.cuda.compile import kernel, mapping
+from wina.kernels.shapes import tiles_of
 from wina.kernels.tickets import tickets
 
 ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -222,18 +223,18 @@ def rows(
     results: list[Tensor] = []
     widths = [weight.shape[0] for weight in weights]
     held = None if out is None else torch.split(out, widths, -1)
-    tiles = 0
+    each = tiles_of(widths, columns)
+    tiles = each[0] if gated else sum(each)
     for place, (weight, vector, bias) in enumerate(zip(weights, thresholds, biases, strict=True)):
         projection = arguments.projections[place]
         projection.weight, projection.thresholds = weight.data_ptr(), vector.data_ptr()
         projection.bias = None if bias is None else bias.data_ptr()
         projection.stride, projection.outputs = weight.stride(1), weight.shape[0]
-        projection.tiles = -(-weight.shape[0] // columns)
+        projection.tiles = each[place]
         if activation is None or place == 0:
             fresh = x.new_empty((*x.shape[:-1], weight.shape[0])) if held is None else held[place]
             results.append(fresh)
             projection.out = results[-1].data_ptr()
-            tiles += projection.tiles
     if config.far:
         lists_of_sums = (2 if gated else 1) * compiled_for * config.cluster * columns
         sums = torch.empty(tiles * lists_of_sums, dtype=torch.float32, device=x.device)

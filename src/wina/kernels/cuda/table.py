@@ -5,22 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from wina.kernels.cuda.rows import TOKENS, Config, shared_bytes
-from wina.kernels.measured import Measured, device_kind
+from wina.kernels.measured import Measured
+from wina.kernels.shapes import shape_key, tiles_of
 
 MOST_SHARED = 110 << 10  # bytes of a block's shared memory: two fit a multiprocessor
 FEW = 4  # rows of x up to which skipping was found to pay where nothing was measured
 
 TABLE = Measured(Path(__file__).with_name("configurations.json"), Config)
-
-
-def shape_key(inputs: int, outputs: Sequence[int], gated: bool, tokens: int, size: int) -> str:
-    """Return the name of a shape in the table; size: bytes of an element."""
-    kind = "gated " if gated else ""
-    return f"{kind}{inputs}->{'+'.join(map(str, outputs))} x{tokens} {8 * size}bit"
 
 
 def config_for(x: Tensor, outputs: Sequence[int], gated: bool) -> Config | None:
@@ -42,14 +36,10 @@ def config_for(x: Tensor, outputs: Sequence[int], gated: bool) -> Config | None:
 def _config(
     inputs: int, outputs: tuple[int, ...], gated: bool, tokens: int, size: int, device: int
 ) -> Config | None:
-    known = TABLE.of(device_kind(device))
-    key = shape_key(inputs, outputs, gated, tokens, size)
-    if key in known:
-        return known[key]
-    if tokens > FEW:
-        return None
-    units = torch.cuda.get_device_properties(device).multi_processor_count
-    return rule(inputs, outputs, gated, tokens, size, units)
+    def usual(units: int) -> Config | None:
+        return None if tokens > FEW else rule(inputs, outputs, gated, tokens, size, units)
+
+    return TABLE.best(device, shape_key(inputs, outputs, gated, tokens, size), usual)
 
 
 def rule(
@@ -63,7 +53,7 @@ def rule(
     width = 16 // size
 
     def tiles(lanes: int) -> int:
-        return sum(-(-out // (lanes * width)) for out in outputs)
+        return sum(tiles_of(outputs, lanes * width))
 
     lanes = 16
     while lanes < 64 and tiles(lanes) > 2 * units:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from wina.errors import UsageError
 from wina.kernels.cuda import rows
 from wina.kernels.cuda.compile import compiled, mapping
-from wina.kernels.cuda.table import MOST_SHARED, TABLE, rule, shape_key
-from wina.kernels.measured import device_kind
+from wina.kernels.cuda.table import MOST_SHARED, TABLE, rule
 from wina.kernels.replay import REPLAYS, Replay, copies_of, level_of
+from wina.kernels.shapes import Shape, tiles_of
 from wina.progress import note
 
 DEVICE = torch.device("cuda")
@@ -25,71 +24,6 @@ SPARSITIES = (0.5, 0.65)  # a configuration is judged by the sum of its times at
 SIZES = (256, 384, 512)  # threads of a block
 COMPILERS = 16  # programs compiled side by side
 MOST_APART = 16  # blocks of a tile that are no cluster
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A launch of the row kernel.
-
-    Attributes:
-        inputs: features of x.
-        outputs: of each projection; of the gate, which up equals, where ``gated``.
-        gated: act(gate) * up in one launch.
-        normed: x goes through an RMSNorm first.
-        added: a residual is added to the first projection's result.
-    """
-
-    inputs: int
-    outputs: tuple[int, ...]
-    gated: bool = False
-    normed: bool = False
-    added: bool = False
-
-    @property
-    def weights(self) -> int:
-        """Number of weights."""
-        return self.inputs * sum(self.outputs) * (2 if self.gated else 1)
-
-    def key(self, tokens: int, dtype: torch.dtype) -> str:
-        """Return the shape's name in the table."""
-        return shape_key(self.inputs, self.outputs, self.gated, tokens, dtype.itemsize)
-
-
-def step_shapes(hidden: int, wide: int, heads: int, narrow: int) -> list[Shape]:
-    """Return the launches of one layer of a decode step.
-
-    Args:
-        hidden: features of the residual stream.
-        wide: features between gate, up and down.
-        heads: features of all queries.
-        narrow: features of all keys.
-    """
-    return [
-        Shape(hidden, (wide,), gated=True, normed=True),
-        Shape(wide, (hidden,), added=True),
-        Shape(hidden, (heads, narrow, narrow), normed=True),
-        Shape(heads, (hidden,), added=True),
-    ]
-
-
-def sizes_of(config: Any) -> tuple[int, int, int, int]:
-    """Return ``step_shapes``' arguments of a Transformers config.
-
-    Raises:
-        UsageError: the model is not one of dense layers with separate q, k, v, gate and up.
-    """
-    config = config.get_text_config()
-    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-    sizes: list[Any] = [getattr(config, name, None) for name in names]
-    experts = [getattr(config, name, None) for name in ("num_experts", "num_local_experts")]
-    if not all(isinstance(size, int) for size in sizes) or any(experts):
-        raise UsageError(
-            f"no launches are known for a model of type {config.model_type!r}: it has not one "
-            f"{', '.join(names)} for all layers, or has experts. Untuned, the built-in rule serves."
-        )
-    hidden, wide, heads, shared = sizes
-    size = getattr(config, "head_dim", None) or hidden // heads
-    return hidden, wide, heads * size, shared * size
 
 
 class Trial:
@@ -107,22 +41,20 @@ class Trial:
         self.shape, self.dtype = shape, dtype
         self.copies = copies_of(shape.weights * dtype.itemsize * live)
         options: dict[str, Any] = {"device": DEVICE, "dtype": dtype}
-        count = 2 if shape.gated else len(shape.outputs)
-        outputs = shape.outputs * 2 if shape.gated else shape.outputs
+        outputs = shape.projections
         self.x = torch.randn(self.copies, tokens, shape.inputs, **options)
         self.weights = [
             [torch.randn(shape.inputs, n, **options).mul_(shape.inputs**-0.5).t() for n in outputs]
             for _ in range(self.copies)
         ]
-        self.biases: list[Tensor | None] = [None] * count
+        self.biases: list[Tensor | None] = [None] * len(outputs)
         self.norm = torch.ones(shape.inputs, **options) if shape.normed else None
         self.residual = torch.randn(tokens, outputs[0], **options) if shape.added else None
         self.thresholds = torch.zeros(shape.inputs, device=DEVICE)
-        self.count = count
 
     def sparse(self, config: rows.Config) -> Replay:
         """Capture launches; ``drop`` sets which channels they drop."""
-        thresholds = [self.thresholds] * self.count
+        thresholds = [self.thresholds] * len(self.biases)
         options: dict[str, Any] = {"norm": self.norm, "epsilon": 1e-5, "residual": self.residual}
         if self.shape.gated:
             options["activation"] = "silu"
@@ -153,7 +85,7 @@ def cuts(shape: Shape, tokens: int, size: int, units: int) -> list[rows.Config]:
     found = []
     width = 16 // size
     for lanes, cluster, threads in itertools.product((8, 16, 32, 64), (1, 2, 4, 8), SIZES):
-        blocks = cluster * sum(-(-out // (lanes * width)) for out in shape.outputs)
+        blocks = cluster * sum(tiles_of(shape.outputs, lanes * width))
         if not 0.9 * units <= blocks * threads / 512 <= 2.2 * units:
             continue
         small = tokens <= 2
@@ -176,7 +108,7 @@ def _apart(shape: Shape, tokens: int, size: int, units: int) -> list[rows.Config
     found = []
     width = 16 // size
     for lanes, threads, blocks in itertools.product((8, 16, 32, 64), SIZES, (1, 2, 3)):
-        tiles = sum(-(-out // (lanes * width)) for out in shape.outputs)
+        tiles = sum(tiles_of(shape.outputs, lanes * width))
         split = blocks * units // tiles
         if blocks * threads > (1024 if shape.gated else 1536) or not 2 <= split <= MOST_APART:
             continue
@@ -292,14 +224,8 @@ def extend(
     Returns:
         By the shape's name, also what the tables had; None where a dense product is no slower.
     """
-    kind = device_kind(0)
-    known = TABLE.of(kind)
-    found: dict[str, rows.Config | None] = {}
-    for shape, number in itertools.product(shapes, tokens):
-        key = shape.key(number, dtype)
-        if key in known and not again:
-            found[key] = known[key]
-        elif key not in found:
-            found[key] = tune(shape, number, dtype)
-            TABLE.remember(kind, {key: found[key]})
-    return found
+    wanted = {
+        shape.key(number, dtype): (shape, number)
+        for shape, number in itertools.product(shapes, tokens)
+    }
+    return TABLE.extend(wanted, lambda missing: (tune(*one, dtype) for one in missing), again=again)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wina.kernels.measured import Measured, device_kind
+from wina.kernels.measured import Measured
+from wina.kernels.shapes import tiles_of
 from wina.kernels.tickets import tickets
 from wina.kernels.triton import TILES
 
@@ -219,7 +221,7 @@ def masked_product(
         results = held = list(torch.split(out, sizes, -1))
     share = triton.cdiv(triton.cdiv(inputs, cut.split), cut.channels) * cut.channels
     split = triton.cdiv(inputs, share)
-    tiles = [triton.cdiv(size, cut.columns) for size in sizes]
+    tiles = tiles_of(sizes, cut.columns)
     blocks = triton.cdiv(rows, tile)
     total = sum(tiles) * blocks
     sums = x.new_empty(total * split * tile * cut.columns if split > 1 else 1, dtype=torch.float32)
@@ -251,12 +253,8 @@ def _cut(x: Tensor, weights: Sequence[Tensor]) -> Cut | None:
 def _cut_on(tile: int, inputs: int, outputs: tuple[int, ...], device: torch.device) -> Cut | None:
     if device.type != "cuda":
         return rule(tile, inputs, outputs, UNITS)
-    known = TABLE.of(device_kind(device.index or 0))
-    key = cut_key(tile, inputs, outputs)
-    if key in known:
-        return known[key]
-    units = torch.cuda.get_device_properties(device).multi_processor_count
-    return rule(tile, inputs, outputs, units)
+    usual = partial(rule, tile, inputs, outputs)
+    return TABLE.best(device.index or 0, cut_key(tile, inputs, outputs), usual)
 
 
 def cut_key(tile: int, inputs: int, outputs: Sequence[int]) -> str:
@@ -275,7 +273,7 @@ def rule(tile: int, inputs: int, outputs: Sequence[int], units: int) -> Cut | No
         outputs: of each projection.
         units: multiprocessors.
     """
-    wide = 2 * _tiles(outputs, 128) >= 3 * units
+    wide = 2 * sum(tiles_of(outputs, 128)) >= 3 * units
     if (tile > 16 and len(outputs) == 1) or (tile > 64 and not wide):
         return None  # several rows keep the tensor cores busy, and masking delays them
     if wide:
@@ -286,12 +284,8 @@ def rule(tile: int, inputs: int, outputs: Sequence[int], units: int) -> Cut | No
         16: (Cut(64, 128, stages=4), units),
         64: (Cut(64, 32, stages=6), 3 * units),
     }[tile]
-    split = max(1, round(programs / _tiles(outputs, cut.columns)))
+    split = max(1, round(programs / sum(tiles_of(outputs, cut.columns))))
     return replace(cut, split=min(split, 8, max(1, inputs // (2 * cut.channels))))
-
-
-def _tiles(outputs: Sequence[int], columns: int) -> int:
-    return sum(-(-size // columns) for size in outputs)
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
