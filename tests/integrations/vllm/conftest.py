@@ -98,3 +98,33 @@ def prompts(served: Served) -> list[list[int]]:
     ids = served.loaded.tokenizer(text, truncation=False)["input_ids"]
     starts = range(0, 64 * 80, 80)
     return [ids[start : start + 8 + index] for index, start in enumerate(starts)]
+
+
+@pytest.fixture(scope="module")
+def vllm_config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """vLLM's config of one rank, as the layers of a model in this process want it."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.distributed.parallel_state import model_parallel_is_initialized
+
+    config = VllmConfig()
+    place = tmp_path_factory.mktemp("rendezvous") / "file"
+    with set_current_vllm_config(config):
+        if not model_parallel_is_initialized():  # once a process
+            init_distributed_environment(1, 0, f"file://{place}", 0, "gloo")
+            initialize_model_parallel()
+        yield config
+
+
+@pytest.fixture
+def ranks(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that makes vLLM's layers believe in being one of several ranks."""
+    from vllm.model_executor import parameter
+    from vllm.model_executor.layers import linear
+
+    def be(rank: int, size: int) -> None:
+        for module in (linear, parameter):
+            monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
+            monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
+
+    return be

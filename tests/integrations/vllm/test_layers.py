@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,33 +72,6 @@ def make_plan(without: tuple[str, ...] = ()) -> Plan:
     )
     vectors = {name: tensors("thresholds", name) for name in names}
     return Plan(document, vectors, {name: tensors("sparse_bias", name) for name in names})
-
-
-@pytest.fixture(scope="module")
-def vllm_config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
-
-    config = VllmConfig()
-    place = tmp_path_factory.mktemp("rendezvous") / "file"
-    with set_current_vllm_config(config):
-        init_distributed_environment(1, 0, f"file://{place}", 0, "gloo")
-        initialize_model_parallel()
-        yield config
-
-
-@pytest.fixture
-def ranks(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that makes vLLM's layers believe in being one of several ranks."""
-    from vllm.model_executor import parameter
-    from vllm.model_executor.layers import linear
-
-    def be(rank: int, size: int) -> None:
-        for module in (linear, parameter):
-            monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
-            monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
-
-    return be
 
 
 def build(config: Any, biased: bool = True, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -351,7 +323,10 @@ def test_experts_are_refused(beside: Any) -> None:
         ({}, "wina needs a plan"),
         ({"plan": {"a": 1}}, "quantization_config.plan"),
         ({"plan": "no/such/plan/here"}, "there is no plan at"),
-        ({"plan": "x", "base": {"quant_method": "gptq"}}, "quantized by another method"),
+        (
+            {"plan": make_plan().document.model_dump(), "base": {"quant_method": "gptq"}},
+            "quantized by another method, gptq",
+        ),
     ],
 )
 def test_configs_that_are_wrong(vllm_config: Any, config: Any, message: str) -> None:

@@ -34,47 +34,43 @@ if TYPE_CHECKING:
 _ANY = 1 << 40  # rows
 
 
-@register_weight_loader_v2_supported_method
-class WinaLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
-    """Computes a layer of which the plan names at least one projection.
+class Planned:
+    """What the plan adds to a layer of which it names at least one projection.
 
-    The weight is vLLM's own, as dense layers have it. Beside it are ``thresholds``, shape
-    (projections, inputs of this rank), float32, and, if the plan has biases, ``sparse_bias``, shape
-    (outputs of this rank,). They are parameters with loaders, so a checkpoint that holds them is
-    loaded by any of vLLM's models; a plan of its own goes through the same loaders.
+    Beside the weight are ``thresholds``, shape (projections, inputs of this rank), float32, and,
+    if the plan has biases, ``sparse_bias``, shape (outputs of this rank,). They are parameters
+    with loaders, so a checkpoint that holds them is loaded by any of vLLM's models; a plan of its
+    own goes through the same loaders.
+
+    Args:
+        config: of wina.
+        names: of the projections, in their order.
     """
 
     def __init__(self, config: WinaConfig, names: list[str]) -> None:
         super().__init__()
         self.config = config
-        self.names = names  # of the projections, in their order
+        self.names = names
         self.options = options_of(get_current_vllm_config().additional_config)
         prepare(config, self.options)
 
-    def create_weights(
+    def add_vectors(
         self,
         layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
-        output_size: int,
         params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
     ) -> None:
-        """Create the weight, and what the plan adds; arguments as in LinearMethodBase."""
+        """Create the plan's parameters; arguments as in LinearMethodBase.
+
+        Raises:
+            WinaError: the plan does not fit the layer.
+        """
         planned = self.config.planned
         check_layer(self.names, planned, input_size, len(output_partition_sizes))
         found = [planned.get(name) for name in self.names]
         self.config.claimed.update(name for name in self.names if name in planned)
-        super().create_weights(
-            layer,
-            input_size_per_partition,
-            output_partition_sizes,
-            input_size,
-            output_size,
-            params_dtype,
-            **extra_weight_attrs,
-        )
         outputs = sum(output_partition_sizes)
         layer.wina_sizes = [outputs] if len(found) == 1 else list(output_partition_sizes)
         # NaN until it is loaded, so that what a checkpoint lacks is seen.
@@ -86,8 +82,8 @@ class WinaLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             bias = torch.zeros(outputs, dtype=params_dtype)
             _add(layer, "sparse_bias", bias, layer.weight_loader, output_dim=0)
 
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """Bring in the plan, and store the weight as the kernels want it.
+    def load_vectors(self, layer: Any) -> None:
+        """Bring in the plan, and say in ``layer.wina_active`` whether it changes the layer.
 
         Raises:
             WinaError: the checkpoint lacks vectors, or no layer holds some linear of the plan.
@@ -104,6 +100,58 @@ class WinaLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         layer.wina_active = bool((layer.thresholds > 0).any()) or sparse_bias is not None
         # Of ranks that each have a part of the inputs, one adds the bias, as with vLLM's own.
         layer.wina_bias = not (isinstance(layer, RowParallelLinear) and layer.tp_rank > 0)
+
+    def _load_plan(self, layer: Any, plan: Plan) -> None:
+        shards: list[Any] = [None]
+        if len(self.names) > 1:
+            is_qkv = isinstance(layer, QKVParallelLinear)
+            shards = list("qkv") if is_qkv else list(range(len(self.names)))
+        layer.thresholds.data.zero_()
+        if hasattr(layer, "sparse_bias"):
+            layer.sparse_bias.data.zero_()
+        for name, shard in zip(self.names, shards, strict=True):
+            if (own := self.config.names.get(name)) is None:
+                continue
+            arguments = () if shard is None else (shard,)
+            layer.thresholds.weight_loader(layer.thresholds, plan.vectors[own], *arguments)
+            if own in plan.biases:
+                layer.sparse_bias.weight_loader(layer.sparse_bias, plan.biases[own], *arguments)
+
+
+@register_weight_loader_v2_supported_method
+class WinaLinearMethod(Planned, UnquantizedLinearMethod):  # type: ignore[misc]
+    """Computes a planned layer whose weight is vLLM's own, as dense layers have it."""
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Create the weight, and what the plan adds; arguments as in LinearMethodBase."""
+        super().create_weights(
+            layer,
+            input_size_per_partition,
+            output_partition_sizes,
+            input_size,
+            output_size,
+            params_dtype,
+            **extra_weight_attrs,
+        )
+        sizes = (input_size_per_partition, output_partition_sizes, input_size)
+        self.add_vectors(layer, *sizes, params_dtype)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Bring in the plan, and store the weight as the kernels want it.
+
+        Raises:
+            WinaError: the checkpoint lacks vectors, or no layer holds some linear of the plan.
+        """
+        self.load_vectors(layer)
         if not layer.wina_active:
             super().process_weights_after_loading(layer)
             return
@@ -131,22 +179,6 @@ class WinaLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         flat = x.reshape(-1, x.shape[-1])
         y = batch_linear(flat, layer.weight, layer.thresholds, layer.wina_sizes, bias, extra)
         return y.view(*x.shape[:-1], y.shape[-1])
-
-    def _load_plan(self, layer: Any, plan: Plan) -> None:
-        shards: list[Any] = [None]
-        if len(self.names) > 1:
-            is_qkv = isinstance(layer, QKVParallelLinear)
-            shards = list("qkv") if is_qkv else list(range(len(self.names)))
-        layer.thresholds.data.zero_()
-        if hasattr(layer, "sparse_bias"):
-            layer.sparse_bias.data.zero_()
-        for name, shard in zip(self.names, shards, strict=True):
-            if (own := self.config.names.get(name)) is None:
-                continue
-            arguments = () if shard is None else (shard,)
-            layer.thresholds.weight_loader(layer.thresholds, plan.vectors[own], *arguments)
-            if own in plan.biases:
-                layer.sparse_bias.weight_loader(layer.sparse_bias, plan.biases[own], *arguments)
 
 
 def _add(layer: Any, name: str, data: Tensor, loader: Any, **attributes: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from wina.errors import UsageError
 from wina.files import validate
+from wina.integrations.vllm.compressed import check_base
 from wina.integrations.vllm.lines import line_for
 from wina.integrations.vllm.shards import check_servable
 from wina.models.loading import folder_of, load_config
@@ -84,6 +85,8 @@ def _check_saved(model: str) -> None:
     if not isinstance(found, dict) or found.get("quant_method") != "wina":
         raise UsageError(f"{model!r} is not a saved sparse model: name a plan with --plan")
     check_servable(validate(found["plan"], PlanDocument, f"the config of {model!r}"))
+    if found.get("base") is not None:
+        check_base(found["base"])
 
 
 def _take_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
