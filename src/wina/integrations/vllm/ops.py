@@ -3,7 +3,8 @@
 ``torch.ops.wina.batch_linear`` computes W x + b on the batch's dense rows and W drop(x) + b + s on
 its sparse ones. It reads from ``rows.BATCH`` which is which, as vLLM's attention reads its
 metadata, so that a compiled or captured model serves any mix. Sparse rows go to the kernels that
-serve Transformers models.
+serve Transformers models; on a CPU a batch of sparse rows alone goes straight to the compiled
+library, any other to ``wina::divided_linear``, which is Python.
 
 In float32 on a CPU, and on request in 16 bits, a row's result has the same bits in any batch. A
 channel that lies within rounding of its threshold is kept or dropped by the last bit, and the text
@@ -19,9 +20,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from wina.integrations.vllm.packed import products_of
+from wina.integrations.vllm.packed import any_products, products_of
 from wina.integrations.vllm.rows import BATCH
-from wina.kernels import dense_linear, drop_each, sparse_linear, sparse_linears
+from wina.kernels import (
+    active_backend,
+    available_backends,
+    dense_linear,
+    drop_each,
+    sparse_linear,
+    sparse_linears,
+)
+from wina.kernels.cpu import library
 from wina.kernels.gpu import flagged_linears
 from wina.layers.linear import FEW
 
@@ -214,12 +223,23 @@ def _fake(
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
+def _started() -> None:
+    copied = BATCH.used > SKIPPED and any_products()
+    forced = active_backend() == "reference"
+    library.serve_batch(BATCH.kind == "sparse" and not copied and not forced)
+
+
 def _define() -> None:
-    name = "wina::batch_linear"
-    torch.library.define(name, SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(name, "CPU", _on_cpu)
-    torch.library.impl(name, "CUDA", _on_cuda)
-    torch.library.register_fake(name, _fake)
+    for name in ("wina::batch_linear", "wina::divided_linear"):
+        torch.library.define(name, SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(name, _fake)
+    torch.library.impl("wina::divided_linear", "CPU", _on_cpu)
+    torch.library.impl("wina::batch_linear", "CUDA", _on_cuda)
+    if "cpu" in available_backends():
+        library.register_batch_linear()
+        BATCH.started = _started
+    else:
+        torch.library.impl("wina::batch_linear", "CPU", _on_cpu)
 
 
 _define()

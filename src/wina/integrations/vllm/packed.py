@@ -39,6 +39,11 @@ def remember(weight: Tensor, products: list[Product]) -> None:
     _products[weight.data_ptr()] = products
 
 
+def any_products() -> bool:
+    """Return whether any weight has a copy."""
+    return bool(_products)
+
+
 def products_of(weight: Tensor) -> list[Product] | None:
     """Return the products of a weight's projections; None if there is no copy."""
     return _products.get(weight.data_ptr())

@@ -9,6 +9,7 @@ operators read it while the model runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -56,6 +57,8 @@ class Batch:
         dense_prefix: likewise.
         exact: whether a row's results must have the same bits in any batch; float32's always do.
         kind: what its rows are; "mixed" too while it is not known, as when an engine warms up.
+        used: rows that are not padding.
+        started: called whenever a batch was taken.
     """
 
     def __init__(self) -> None:
@@ -64,7 +67,8 @@ class Batch:
         self.exact = False
         self.kind: Kind = "mixed"
         self._flags = np.ones(MOST, dtype=np.bool_)
-        self._used = 0
+        self.used = 0
+        self.started: Callable[[], None] = lambda: None
         self._on_device: dict[torch.device, Tensor] = {}
         self._places: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -86,17 +90,18 @@ class Batch:
             self.kind = "dense"
         else:
             self.kind = "sparse" if rows.all() else "mixed"
-        used = max(count, self._used)
+        used = max(count, self.used)
         before = self._flags[:used].copy()
-        self._flags[: self._used] = True
+        self._flags[: self.used] = True
         self._flags[:count] = rows
-        self._used = count
+        self.used = count
         self._places.clear()
         if not np.array_equal(before, self._flags[:used]):
             for flags in self._on_device.values():
                 # From memory of its own, so that a copy still under way is not overwritten.
                 fresh = torch.from_numpy(self._flags[:used].copy()).pin_memory()
                 flags[:used].copy_(fresh, non_blocking=True)
+        self.started()
 
     def places(self, rows: int) -> tuple[Tensor, Tensor]:
         """Return the indices of the sparse and of the dense among the first ``rows`` rows."""

@@ -98,7 +98,7 @@ WINA_TARGET static void project_tile_dot(const Projection& p, const Live& live, 
   const Brain* bias = static_cast<const Brain*>(p.bias);
   for (int t = 0; t < real; ++t)
     finish_pairs(sums + t * stride, bias ? bias + begin : nullptr,
-                 static_cast<Brain*>(p.y) + t * p.out + begin, columns);
+                 static_cast<Brain*>(p.y) + t * p.y_row + begin, columns);
 }
 
 // --- dot products with whole rows ---
@@ -325,6 +325,6 @@ WINA_TARGET static void multiply_pairs(const Projection& p, const void* x, int64
     }
     for (int64_t t = 0; t < tokens; ++t)
       finish_pairs(sums + t * stride, bias ? bias + c : nullptr,
-                   static_cast<Brain*>(p.y) + t * p.out + c, columns);
+                   static_cast<Brain*>(p.y) + t * p.y_row + c, columns);
   }
 }

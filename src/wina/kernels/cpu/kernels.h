@@ -32,8 +32,8 @@ struct Live {
 struct Projection {
   const void* weight;  // (in, out), rows contiguous and `row` elements apart
   const void* bias;    // (out,) or null
-  void* y;             // (rows, out), contiguous
-  int64_t in, out, row;
+  void* y;             // (rows, out), rows contiguous and `y_row` elements apart
+  int64_t in, out, row, y_row;
 };
 
 // Floats of a row that is laid out for `dots`.

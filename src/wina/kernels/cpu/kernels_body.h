@@ -173,7 +173,7 @@ WINA_TARGET static void project_tile(const Projection& p, const Live& live, int 
   if (rest) add_all<S, tokens, false>(p, live, begin + full, rest, sums + full, stride);
   const S* bias = static_cast<const S*>(p.bias);
   for (int t = 0; t < real; ++t) {
-    S* y = static_cast<S*>(p.y) + t * p.out + begin;
+    S* y = static_cast<S*>(p.y) + t * p.y_row + begin;
     for (int64_t c = 0; c < columns; c += block) {
       const float* sum = sums + t * stride + c;
       int64_t n = columns - c < block ? columns - c : int64_t(block);

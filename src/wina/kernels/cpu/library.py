@@ -74,6 +74,10 @@ def _library() -> ctypes.CDLL:
     library.wina_set_crossover.restype = None
     library.wina_free_blocks.argtypes = [ctypes.c_int64]
     library.wina_free_blocks.restype = None
+    library.wina_register_batch_linear.argtypes = []
+    library.wina_register_batch_linear.restype = ctypes.c_int
+    library.wina_serve_batch.argtypes = [ctypes.c_int]
+    library.wina_serve_batch.restype = None
     library.wina_stream.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     library.wina_stream.restype = ctypes.c_uint32
     return library
@@ -156,6 +160,20 @@ def set_crossover(dtype: torch.dtype, inputs: int, outputs: int, rows: int) -> N
 def free_blocks(number: int) -> None:
     """Forget the tensors of a row of decoder blocks (wina.kernels.blocks)."""
     _library().wina_free_blocks(number)
+
+
+def register_batch_linear() -> None:
+    """Let the library serve ``wina::batch_linear``, which is defined, while it is told to.
+
+    Otherwise it calls ``wina::divided_linear``, of the same arguments.
+    """
+    if _library().wina_register_batch_linear():
+        raise RuntimeError("torch refused wina::batch_linear")
+
+
+def serve_batch(serves: bool) -> None:
+    """Say whether the library serves the batch that runs next: if all of its rows are sparse."""
+    _library().wina_serve_batch(serves)
 
 
 def stream(data: Tensor) -> None:

@@ -128,19 +128,24 @@ static bool is_input_major(const Tensor& weight) {
 
 static bool multiplies(const Tensor& x, const Tensor& weight);
 
-// Whether to skip rows of W; else the dense kernel runs on the masked x.
-static bool skips(const Tensor& x, const Tensor& weight) {
+// Whether to skip rows of W, or of the `out` of its outputs that are one projection; else the dense
+// kernel runs on the masked x.
+static bool skips(const Tensor& x, const Tensor& weight, int64_t out) {
   if (dtype_of(x) == Dtype::f64 || !is_input_major(weight)) return false;
   int dtype = int(dtype_of(x));
-  auto found = crossover.find({dtype, weight.size(1), weight.size(0)});
+  auto found = crossover.find({dtype, weight.size(1), out});
   if (found == crossover.end()) found = crossover.find({dtype, 0, 0});
   if (found != crossover.end()) return rows_of(x) <= found->second;
   return rows_of(x) <= (multiplies(x, weight) ? max_tokens : default_crossover);
 }
 
+static bool skips(const Tensor& x, const Tensor& weight) {
+  return skips(x, weight, weight.size(0));
+}
+
 static Projection projection(const Tensor& weight, const Tensor* bias, void* y) {
   return {weight.data(), bias == nullptr ? nullptr : bias->data(), y,
-          weight.size(1), weight.size(0), weight.stride(1)};
+          weight.size(1), weight.size(0), weight.stride(1), weight.size(0)};
 }
 
 static Tensor contiguous(Tensor x) {
@@ -862,6 +867,132 @@ static void call_most_likely(Value* stack, uint64_t, uint64_t) {
 }
 
 
+// --- a fused layer of an engine's batch, all of whose rows are sparse ---
+
+// Set while a batch has such rows alone, and nothing else serves them better.
+static bool serves_batch = false;
+
+// The projections of a layer: W's outputs from `begins[i]` on are one, `sizes[i]` of them.
+struct Layer {
+  const Tensor &weight, &thresholds;
+  const char* bias;  // of all, or null
+  std::vector<int64_t> begins, sizes;
+
+  Projection at(size_t i, char* y, int64_t width) const {
+    const int64_t offset = begins[i] * width, all = weight.size(0);
+    const char* from = static_cast<const char*>(weight.data()) + offset;
+    return {from,     bias == nullptr ? nullptr : bias + offset, y + offset, weight.size(1),
+            sizes[i], weight.stride(1),                          all};
+  }
+  const float* vector(size_t i) const {
+    return static_cast<const float*>(thresholds.data()) + int64_t(i) * weight.size(1);
+  }
+};
+
+// The blocked product of x (rows, in), masked for each projection of `dense`.
+static void multiply_masked(const Tensor& x, const Layer& layer, const std::vector<size_t>& dense,
+                            char* y) {
+  const Dtype dtype = dtype_of(x);
+  const int64_t in = x.size(1), rows = x.size(0), width = bytes_of(dtype), even = in + in % 2;
+  const int64_t all = layer.weight.size(0), count = int64_t(dense.size());
+  thread_local Scratch scratch;
+  char* masked = scratch.get<char>(count * rows * even * width);
+  const char* from = static_cast<const char*>(x.data());
+  const int64_t shares = std::max<int64_t>(1, std::min(rows, parts_for(count * rows * in)));
+  parallel(shares, [&](int64_t part) {
+    for (int64_t r = rows * part / shares; r < rows * (part + 1) / shares; ++r)
+      for (int64_t i = 0; i < count; ++i) {
+        char* to = masked + (i * rows + r) * even * width;
+        kernels->drop(dtype, from + r * in * width, layer.vector(dense[size_t(i)]), to, in);
+        std::memset(to + in * width, 0, size_t((even - in) * width));
+      }
+  });
+  const int64_t parts = parts_for(rows * in * all);
+  parallel(parts, [&](int64_t part) {
+    thread_local Scratch panel, sums;
+    for (int64_t i = 0; i < count; ++i) {
+      auto [first, last] = share(layer.sizes[dense[size_t(i)]], part, parts);
+      for (int64_t t = 0; first < last && t < rows; t += product_tokens) {
+        const int64_t some = std::min(product_tokens, rows - t);
+        const Projection p = layer.at(dense[size_t(i)], y + t * all * width, width);
+        kernels->multiply(dtype, p, masked + (i * rows + t) * even * width, even, some, first, last,
+                          sums.get<float>(some * panel_sums), panel.get<char>(panel_bytes));
+      }
+    }
+  });
+}
+
+// All projections side by side: (rows, outputs of all).
+static Tensor batch_linear(Tensor x, const Layer& layer, const std::vector<size_t>& sparse,
+                           const std::vector<size_t>& dense) {
+  x = contiguous(std::move(x));
+  const Dtype dtype = dtype_of(x);
+  const int64_t in = x.size(1), rows = x.size(0), all = layer.weight.size(0);
+  const int64_t width = bytes_of(dtype);
+  Tensor result = Tensor::empty({rows, all}, x.dtype());
+  char* y = static_cast<char*>(result.data());
+  if (!dense.empty()) multiply_masked(x, layer, dense, y);
+  if (sparse.empty()) return result;
+  Lists lists;
+  std::vector<const float*> vectors;
+  for (size_t i : sparse) vectors.push_back(layer.vector(i));
+  for (int64_t row = 0; row < rows; row += max_tokens) {
+    const int real = int(std::min<int64_t>(max_tokens, rows - row));
+    lists.read(dtype, static_cast<char*>(x.data()) + row * in * width, real, in);
+    lists.compact(vectors);
+    std::vector<Projection> projections;
+    for (size_t i : sparse) projections.push_back(layer.at(i, y + row * all * width, width));
+    project_all(dtype, projections, lists);
+  }
+  return result;
+}
+
+// Arguments as of wina::batch_linear (wina.integrations.vllm.ops), which serves any batch; this is
+// for batches of sparse rows, where Python between the kernels takes as long as some of them.
+static void call_batch_linear(Value* stack, uint64_t, uint64_t) {
+  Tensor x = take_tensor(stack[0]), weight = take_tensor(stack[1]);
+  Tensor thresholds = take_tensor(stack[2]);
+  const std::vector<int64_t> sizes = take_numbers(stack[3]);
+  std::vector<Tensor> bias = take_tensors(stack[4]), extra = take_tensors(stack[5]);
+  bool own = serves_batch && x.dim() == 2 && weight.dim() == 2 && is_input_major(weight) &&
+             dtype_of(x) != Dtype::f64;
+  Layer layer{weight, thresholds, nullptr, {}, sizes};
+  std::vector<size_t> sparse, dense;
+  int64_t outputs = 0;
+  for (size_t i = 0; own && i < sizes.size(); ++i) {
+    layer.begins.push_back(outputs);
+    outputs += sizes[i];
+    if (skips(x, weight, sizes[i])) sparse.push_back(i);
+    else if (multiplies(x, weight)) dense.push_back(i);
+    else own = false;
+  }
+  if (!own) {
+    Value again[6] = {x.release(), weight.release(), thresholds.release(), give_numbers(sizes),
+                      give_tensors(std::move(bias)), give_tensors(std::move(extra))};
+    call(torch.torch_call_dispatcher("wina::divided_linear", "", again, abi_version));
+    stack[0] = again[0];
+    return;
+  }
+  const int64_t in = x.size(1), count = int64_t(sizes.size());
+  check(thresholds.dtype() == torch.aoti_torch_dtype_float32() && thresholds.dim() == 2 &&
+            thresholds.size(0) == count && thresholds.size(1) == in && thresholds.is_contiguous(),
+        "thresholds must be contiguous float32 of shape (projections, in)");
+  check(outputs == weight.size(0), "sizes must be those of the weight's projections");
+  for (const auto* each : {&bias, &extra}) check_weight(x, in, weight, bias_at(*each, 0));
+  thread_local Scratch sum;
+  if (!bias.empty() || !extra.empty()) {
+    const Tensor& first = bias.empty() ? extra[0] : bias[0];
+    layer.bias = static_cast<const char*>(first.data());
+    if (!bias.empty() && !extra.empty()) {
+      char* both = sum.get<char>(outputs * bytes_of(dtype_of(x)) + 1);
+      std::memcpy(both, layer.bias, size_t(outputs * bytes_of(dtype_of(x))));
+      kernels->add(dtype_of(x), both, extra[0].data(), outputs);
+      layer.bias = both;
+    }
+  }
+  stack[0] = batch_linear(std::move(x), layer, sparse, dense).release();
+}
+
 static std::vector<const Kernels*> instruction_sets() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
@@ -939,6 +1070,16 @@ WINA_EXPORT void wina_set_crossover(int dtype, int64_t in, int64_t out, int64_t 
 }
 
 WINA_EXPORT void wina_set_serial_products(int64_t products) { wina::serial_products = products; }
+
+// Register wina::batch_linear, once it is defined; 0 is success. See call_batch_linear.
+WINA_EXPORT int wina_register_batch_linear() {
+  using namespace wina;
+  Handle library = nullptr;  // lives as long as the process
+  return torch.aoti_torch_library_init_impl("wina", "CPU", __FILE__, __LINE__, &library) ||
+         torch.torch_library_impl(library, "batch_linear", call_batch_linear, abi_version);
+}
+
+WINA_EXPORT void wina_serve_batch(int serves) { wina::serves_batch = serves != 0; }
 
 WINA_EXPORT void wina_free_blocks(int64_t program) { wina::programs.erase(program); }
 

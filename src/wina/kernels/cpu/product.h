@@ -84,7 +84,7 @@ WINA_TARGET static void multiply_wide(const Projection& p, const void* x, int64_
         const float* sum = sums + t * wide_columns + s;
         const Pair value = add_bias({read<Floats>(sum), read<Floats>(sum + lanes)},
                                     bias ? bias + c + s : nullptr, n);
-        S* y = static_cast<S*>(p.y) + t * p.out + c + s;
+        S* y = static_cast<S*>(p.y) + t * p.y_row + c + s;
         if (n == block) store(y, value);
         else store_part(y, value, n);
       }

@@ -156,6 +156,24 @@ inline std::vector<Tensor> take_tensors(Value value) {
   return tensors;
 }
 
+inline std::vector<int64_t> take_numbers(Value value) {
+  Handle list = reinterpret_cast<Handle>(value);
+  size_t size = 0;
+  call(torch.torch_list_size(list, &size));
+  std::vector<int64_t> numbers(size);
+  for (size_t i = 0; i < size; ++i)
+    call(torch.torch_list_get_item(list, i, reinterpret_cast<Value*>(&numbers[i])));
+  call(torch.torch_delete_list(list));
+  return numbers;
+}
+
+inline Value give_numbers(const std::vector<int64_t>& numbers) {
+  Handle list = nullptr;
+  call(torch.torch_new_list_reserve_size(numbers.size(), &list));
+  for (int64_t number : numbers) call(torch.torch_list_push_back(list, Value(number)));
+  return reinterpret_cast<Value>(list);
+}
+
 inline Value give_tensors(std::vector<Tensor> tensors) {
   Handle list = nullptr;
   call(torch.torch_new_list_reserve_size(tensors.size(), &list));
