@@ -16,10 +16,10 @@ POINTERS = {"x": "*bf16", "flags": "*u8", "sums": "*fp32", "tickets": "*i32"}
 ADDRESSES = ("weight", "limits", "out")  # where there is no bias, 0, an integer of 32 bits
 
 
-def build(rows: int, columns: int, split: int, even: bool) -> str:
+def build(rows: int, columns: int, split: int, even: bool, turned: bool = False) -> str:
     """Return the PTX."""
     chosen = {"ROWS": rows, "COLUMNS": columns, "SPLIT": split, "SHARE": 4096 // split}
-    constants = {**CONSTANTS, **chosen, "EVEN": even}
+    constants = {**CONSTANTS, **chosen, "EVEN": even, "TURNED": turned}
     signature, hints = {}, {}
     for place, name in enumerate(_product.arg_names):
         if name in constants:
@@ -41,3 +41,7 @@ assert len(copies) > 16  # three stages of a weight's tile, and of x
 assert set(copies) == {"0x10"}  # bytes: a lost alignment shows here, as 4 or none
 assert not re.search(r"ld\.global\S*evict_first", few)
 assert "wgmma" in build(64, 64, 1, False)
+turned = build(32, 128, 1, True, turned=True)
+assert re.search(r"wgmma\S*m64n32", turned)
+copies = re.findall(r"cp\.async\.\w+\.shared\.global.*?, (0x\w+), ", turned)
+assert len(copies) > 16 and set(copies) == {"0x10"}

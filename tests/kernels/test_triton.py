@@ -80,7 +80,7 @@ def test_gate_of_some_rows(dtype: torch.dtype, rows: int, inputs: int) -> None:
     ("rows", "inputs", "sizes"),
     [(3, 136, (72,)), (17, 264, (64, 24, 40)), (5, 128, (64, 64)), (140, 72, (16,)), (1, 8, (8,))],
 )
-@pytest.mark.parametrize("cut", [None, (16, 32, 3, 2, 4), (32, 16, 1, 2, 4)])
+@pytest.mark.parametrize("cut", [None, (16, 32, 3, 2, 4), (32, 16, 1, 2, 4), (32, 16, 2, 2, 4, True)])
 @pytest.mark.parametrize("flagged", [True, False])
 def test_masked_product(
     rows: int, inputs: int, sizes: tuple[int, ...], cut: tuple[int, ...] | None, flagged: bool
@@ -131,7 +131,8 @@ def test_masked_product_sees_nan_and_what_it_does_not_serve() -> None:
     assert not serves(x.new_zeros(0, 64), [weight], [thresholds])
     assert not serves(x, [weight] * 4, [thresholds] * 4)
     assert serves(x, [weight], [thresholds])
-    assert not serves(x.new_zeros(20, 64), [weight], [thresholds])
+    assert serves(x.new_zeros(20, 64), [weight], [thresholds])
+    assert not serves(x.new_zeros(40, 64), [weight], [thresholds])
 
 
 def test_the_masked_product_compiles_for_hopper(tmp_path: Path) -> None:

@@ -14,9 +14,7 @@ from torch.nn import functional
 from wina.kernels import reference
 
 MOST = 4  # rows of x up to which rows of W are skipped
-# Rows of x of a program of the masked product. Hopper's instruction for whole groups of warps takes
-# 64, and 17 to 32 rows padded to them are faster than a tile of 32 (docs/kernels.md).
-TILES = (16, 64, 128)
+TILES = (16, 32, 64, 128)  # rows of x of a program of the masked product
 
 
 @cache

@@ -39,6 +39,8 @@ class Cut:
         split: programs that share a tile.
         stages: of channels under way.
         warps: of a program.
+        turned: outputs stand in the place of rows, of which Hopper's instruction for whole groups of
+            warps takes 64 at least, and rows in the place of outputs, of which it takes 8.
     """
 
     columns: int = 64
@@ -46,6 +48,7 @@ class Cut:
     split: int = 1
     stages: int = 3
     warps: int = 4
+    turned: bool = False
 
 
 TABLE = Measured(Path(__file__).with_name("cuts.json"), Cut)
@@ -79,6 +82,7 @@ def _product(
     first, second, rows, inputs,
     ELEMENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
     SPLIT: tl.constexpr, SHARE: tl.constexpr, FLAGGED: tl.constexpr, EVEN: tl.constexpr,
+    TURNED: tl.constexpr,
 ):  # fmt: skip
     which = tl.program_id(0)
     part = tl.program_id(1)
@@ -91,46 +95,45 @@ def _product(
     stride = tl.multiple_of(stride, 8)
     columns = (which - begin) * COLUMNS + tl.arange(0, COLUMNS)
     places = block * ROWS + tl.arange(0, ROWS)
-    inside = places < rows
+    # Rows run down and outputs across a tile; turned, the other way round.
+    row = places[None, :] if TURNED else places[:, None]
+    column = columns[:, None] if TURNED else columns[None, :]
+    inside = row < rows
+    wanted = column < outputs
     if FLAGGED:
-        flagged = tl.load(flags + places, inside, 0) != 0
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        flagged = tl.load(flags + row, inside, 0) != 0
+    total = tl.zeros((COLUMNS, ROWS) if TURNED else (ROWS, COLUMNS), tl.float32)
     channels = part * SHARE + tl.arange(0, CHANNELS)
     for step in range(0, SHARE, CHANNELS):
         now = channels + step
-        there = now < inputs
+        across = now[None, :] if TURNED else now[:, None]  # of the weight's tile
+        along = now[:, None] if TURNED else now[None, :]  # of x's
+        cells = weight + across.to(tl.int64) * stride + column
         if EVEN:
-            found = tl.load(
-                weight + now.to(tl.int64)[:, None] * stride + columns[None, :],
-                eviction_policy="evict_first",
-            )
-            t = tl.load(limits + now)
-            values = tl.load(x + places[:, None] * inputs + now[None, :], inside[:, None], 0.0)
+            found = tl.load(cells, eviction_policy="evict_first")
+            t = tl.load(limits + along)
+            values = tl.load(x + row * inputs + along, inside, 0.0)
         else:
-            seen = there[:, None] & (columns < outputs)[None, :]
-            found = tl.load(
-                weight + now.to(tl.int64)[:, None] * stride + columns[None, :], seen, 0.0,
-                eviction_policy="evict_first",
-            )  # fmt: skip
-            t = tl.load(limits + now, there, 0.0)
-            values = tl.load(
-                x + places[:, None] * inputs + now[None, :], inside[:, None] & there[None, :], 0.0
-            )
-        dropped = tl.abs(values.to(tl.float32)) < t[None, :]  # so that NaN is kept
+            there = (across < inputs) & wanted
+            found = tl.load(cells, there, 0.0, eviction_policy="evict_first")
+            t = tl.load(limits + along, along < inputs, 0.0)
+            values = tl.load(x + row * inputs + along, inside & (along < inputs), 0.0)
+        dropped = tl.abs(values.to(tl.float32)) < t  # so that NaN is kept
         if FLAGGED:
-            dropped = dropped & flagged[:, None]
-        total = tl.dot(tl.where(dropped, 0.0, values).to(ELEMENT), found, total)
+            dropped = dropped & flagged
+        kept = tl.where(dropped, 0.0, values).to(ELEMENT)
+        total = tl.dot(found, kept, total) if TURNED else tl.dot(kept, found, total)
     last = True
     if SPLIT > 1:
         tile = tl.num_programs(0) * block + which
-        cells = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        mine = sums + (tile * SPLIT).to(tl.int64) * (ROWS * COLUMNS) + cells
+        places_in = (row - block * ROWS) * COLUMNS + column - (which - begin) * COLUMNS
+        mine = sums + (tile * SPLIT).to(tl.int64) * (ROWS * COLUMNS) + places_in
         tl.store(mine + part * (ROWS * COLUMNS), total)
         tl.debug_barrier()  # all threads have stored when one of them takes the ticket
         last = tl.atomic_add(tickets + tile, 1, sem="acq_rel") == SPLIT - 1
         if last:
             tl.store(tickets + tile, 0)
-            total = tl.zeros((ROWS, COLUMNS), tl.float32)
+            total = tl.zeros_like(total)
             for other in range(SPLIT):
                 total += tl.load(mine + other * (ROWS * COLUMNS), cache_modifier=".cg")
     if last:
@@ -138,19 +141,18 @@ def _product(
         pitch = _pick(which, first, second, pitch0, pitch1, pitch2)
         pitch = tl.multiple_of(pitch, 8)
         bias = _pick(which, first, second, bias0, bias1, bias2)
-        wanted = columns < outputs
         if bias != 0:
-            added = tl.load(bias.to(tl.int64).to(tl.pointer_type(ELEMENT)) + columns, wanted, 0.0)
-            total += added.to(tl.float32)[None, :]
+            added = tl.load(bias.to(tl.int64).to(tl.pointer_type(ELEMENT)) + column, wanted, 0.0)
+            total += added.to(tl.float32)
         extra = _pick(which, first, second, extra0, extra1, extra2)
         if extra != 0:
-            added = tl.load(extra.to(tl.int64).to(tl.pointer_type(ELEMENT)) + columns, wanted, 0.0)
-            added = added.to(tl.float32)[None, :]
+            added = tl.load(extra.to(tl.int64).to(tl.pointer_type(ELEMENT)) + column, wanted, 0.0)
+            added = added.to(tl.float32)
             if FLAGGED:
-                added = tl.where(flagged[:, None], added, 0.0)
+                added = tl.where(flagged, added, 0.0)
             total += added
-        where = places.to(tl.int64)[:, None] * pitch + columns[None, :]
-        tl.store(out + where, total.to(ELEMENT), inside[:, None] & wanted[None, :])
+        where = row.to(tl.int64) * pitch + column
+        tl.store(out + where, total.to(ELEMENT), inside & wanted)
 
 
 def serves(x: Tensor, weights: Sequence[Tensor], thresholds: Sequence[Tensor]) -> bool:
@@ -235,6 +237,7 @@ def masked_product(
         *_three(sizes), tiles[0], sum(tiles[:2]), rows, inputs,
         ELEMENT=DTYPES[x.dtype], ROWS=tile, COLUMNS=cut.columns, CHANNELS=cut.channels,
         SPLIT=split, SHARE=share, FLAGGED=flags is not None, EVEN=even,
+        TURNED=cut.turned,
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return results
@@ -274,14 +277,13 @@ def rule(tile: int, inputs: int, outputs: Sequence[int], units: int) -> Cut | No
         units: multiprocessors.
     """
     wide = 2 * sum(tiles_of(outputs, 128)) >= 3 * units
-    if (tile > 16 and len(outputs) == 1) or (tile > 64 and not wide):
-        return None  # several rows keep the tensor cores busy, and masking delays them
+    if (tile > 32 and len(outputs) == 1) or (tile > 64 and not wide):
+        return None  # many rows keep the tensor cores busy, and masking delays them
     if wide:
-        return {16: Cut(128, 64, stages=4), 64: Cut(128, 64, stages=4)}.get(
-            tile, Cut(256, 64, warps=8)
-        )
+        return Cut(256, 64, warps=8) if tile > 64 else Cut(128, 64, stages=4, turned=tile == 32)
     cut, programs = {
         16: (Cut(64, 128, stages=4), units),
+        32: (Cut(64, 128, stages=4, turned=True), units),
         64: (Cut(64, 32, stages=6), 3 * units),
     }[tile]
     split = max(1, round(programs / sum(tiles_of(outputs, cut.columns))))

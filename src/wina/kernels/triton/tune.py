@@ -37,20 +37,23 @@ def cuts(tile: int, shape: Shape, units: int) -> list[Cut]:
     """
     found = []
     usual = rule(tile, shape.inputs, shape.projections, units)
-    ways = itertools.product((64, 128, 256), (32, 64, 128), (3, 4, 6), (4, 8))
-    for columns, channels, stages, warps in ways:
+    # Turned (see Cut) where rows alone do not fill Hopper's instruction, which 16 do not need.
+    turns = {16: (False,), 32: (True,), 64: (True, False)}.get(tile, (False,))
+    ways = itertools.product(turns, (64, 128, 256), (32, 64, 128), (3, 4, 6), (4, 8))
+    for turned, columns, channels, stages, warps in ways:
         tiles = sum(tiles_of(shape.projections, columns))
         shared = stages * channels * 2 * (columns + tile)
         if shared > MOST_SHARED or tile * columns > ACCUMULATED * 32 * warps:
             continue
-        if (warps == 8 and tile * columns < 64 * 128) or (tile == 16 and channels < 64):
+        least = 128 if turned else 64 * 128 // tile  # outputs that keep eight warps busy
+        if (warps == 8 and columns < least) or (tile <= 32 and channels < 64):
             continue  # too little work for a thread; steps too short
         together = max(1, min(MOST_SHARED // shared, 16 // warps))  # programs of a multiprocessor
         for share in {1, together, max(1, together // 2)}:
             split = round(share * units / tiles)
             if not 1 <= split <= 16 or split * channels * 2 > shape.inputs:
                 continue
-            found.append(Cut(columns, channels, split, stages, warps))
+            found.append(Cut(columns, channels, split, stages, warps, turned))
     return list(dict.fromkeys([*([usual] if usual else []), *found]))
 
 
