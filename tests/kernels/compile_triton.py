@@ -44,4 +44,5 @@ assert "wgmma" in build(64, 64, 1, False)
 turned = build(32, 128, 1, True, turned=True)
 assert re.search(r"wgmma\S*m64n32", turned)
 copies = re.findall(r"cp\.async\.\w+\.shared\.global.*?, (0x\w+), ", turned)
-assert len(copies) > 16 and set(copies) == {"0x10"}
+assert len(copies) > 16
+assert set(copies) == {"0x10"}

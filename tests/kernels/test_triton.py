@@ -80,7 +80,9 @@ def test_gate_of_some_rows(dtype: torch.dtype, rows: int, inputs: int) -> None:
     ("rows", "inputs", "sizes"),
     [(3, 136, (72,)), (17, 264, (64, 24, 40)), (5, 128, (64, 64)), (140, 72, (16,)), (1, 8, (8,))],
 )
-@pytest.mark.parametrize("cut", [None, (16, 32, 3, 2, 4), (32, 16, 1, 2, 4), (32, 16, 2, 2, 4, True)])
+@pytest.mark.parametrize(
+    "cut", [None, (16, 32, 3, 2, 4), (32, 16, 1, 2, 4), (32, 16, 2, 2, 4, True)]
+)
 @pytest.mark.parametrize("flagged", [True, False])
 def test_masked_product(
     rows: int, inputs: int, sizes: tuple[int, ...], cut: tuple[int, ...] | None, flagged: bool

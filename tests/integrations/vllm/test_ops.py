@@ -17,7 +17,7 @@ from wina.errors import UsageError
 from wina.integrations.vllm import ops, packed
 from wina.integrations.vllm.options import Options, options_of
 from wina.integrations.vllm.rows import BATCH
-from wina.kernels import reference
+from wina.kernels import reference, use_backend
 from wina.kernels.cpu.library import (
     input_major,
     instruction_set,
@@ -68,6 +68,43 @@ def test_each_row_by_itself(rows: str, biased: tuple[int, int]) -> None:
     found = ops.batch_linear(x, weight, thresholds, SIZES, own, other)
     sparse, dense = expected(x, weight, thresholds, own, other)
     assert_close(found, torch.where(torch.tensor(flags)[:, None], sparse, dense))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "inputs"), [(1, 16), (5, 33), (8, 40), (9, 33), (21, 300)])
+@pytest.mark.parametrize("biased", [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_sparse_rows_alone_go_straight_to_the_library(
+    dtype: torch.dtype,
+    rows: int,
+    inputs: int,
+    biased: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, weight, thresholds, bias, extra = case(rows, dtype, inputs)
+    thresholds[0, 3] = x[0, 3].abs().float()  # at the threshold: kept
+    own, other = (b if use else None for b, use in zip((bias, extra), biased, strict=True))
+    biases = [[b] if b is not None else [] for b in (own, other)]
+    start(*[True] * rows)
+    wanted = torch.ops.wina.divided_linear(x, weight, thresholds, SIZES, *biases)
+    # A third more columns, of which x is a part: not contiguous.
+    apart = torch.cat((x, torch.full((rows, 7), float("nan"), dtype=dtype)), 1)[:, :inputs]
+    # In float32 what goes to torch's product passes through Python.
+    if dtype != torch.float32:
+        monkeypatch.setattr(ops, "_sparse", None)
+    for one in (x, apart):
+        found = ops.batch_linear(one, weight, thresholds, SIZES, own, other)
+        assert torch.equal(found, wanted)
+    sparse, _ = expected(x.float(), weight.float(), thresholds, own, other)
+    assert_close(found.float(), sparse, rtol=0.02, atol=0.06 if dtype != torch.float32 else 1e-5)
+
+
+def test_no_library_where_the_reference_is_asked_for() -> None:
+    x, weight, thresholds, _, _ = case(3)
+    with use_backend("reference"):
+        start(True, True, True)
+        found = ops.batch_linear(x, weight, thresholds, SIZES, None, None)
+    parts = zip(weight.split(SIZES), thresholds, strict=True)
+    assert torch.equal(found, torch.cat([reference.sparse_linear(x, w, t) for w, t in parts], -1))
 
 
 @pytest.mark.parametrize("rows", ["d" * 20, "s" * 20, "ds" * 20])

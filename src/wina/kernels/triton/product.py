@@ -39,8 +39,8 @@ class Cut:
         split: programs that share a tile.
         stages: of channels under way.
         warps: of a program.
-        turned: outputs stand in the place of rows, of which Hopper's instruction for whole groups of
-            warps takes 64 at least, and rows in the place of outputs, of which it takes 8.
+        turned: outputs stand in the place of rows, of which Hopper's instruction for whole groups
+            of warps takes 64 at least, and rows in the place of outputs, of which it takes 8.
     """
 
     columns: int = 64
