@@ -208,8 +208,29 @@ def several(dtype: torch.dtype, hidden: int = 96) -> list[QuantizedWeight]:
     return [Case(i, *kind, dtype, 1, 0).weight() for i, kind in enumerate(kinds)]
 
 
+SIZES = ((0, 700), (1, 300))  # seed, outputs
+
+
 def flat(weights: list[QuantizedWeight]) -> list[Tensor]:
     return [tensor for weight in weights for tensor in weight]
+
+
+@compiled
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("rows", [2, 3, 5, 8])
+def test_rows_that_threads_share_have_the_bits_of_each_alone(rows: int, count: int) -> None:
+    """Of two projections with lists of their own, so that a thread begins within a row."""
+    weights = [Case(i, n, 6, 64, 4, "points", torch.bfloat16, 1, 0).weight() for i, n in SIZES]
+    x = torch.randn(rows, 384).bfloat16()
+    thresholds = [torch.full((384,), 0.3), torch.rand(384) * 2]
+    biases = [torch.empty(0, dtype=x.dtype), torch.randn(SIZES[1][1]).to(x.dtype)]
+    rest = (flat(weights), thresholds, biases, [])
+    with threads(1):
+        alone = [OPS.quantized_linears(x[i][None], [], 0.0, *rest) for i in range(rows)]
+    with threads(count):
+        found = OPS.quantized_linears(x, [], 0.0, *rest)
+    for one, parts in zip(found, zip(*alone, strict=True), strict=True):
+        assert torch.equal(one, torch.cat(parts))
 
 
 @compiled

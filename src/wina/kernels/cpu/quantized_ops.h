@@ -1,5 +1,5 @@
 // The operators on quantized weights; the layout is that of wina/kernels/quantized.py. Included by
-// ops.cpp inside the namespace. Rows of x are computed one after another.
+// ops.cpp inside the namespace. A thread computes rows of x one after another.
 
 static const QuantizedKernels& quantized_kernels() {
 #if defined(__x86_64__)
@@ -49,6 +49,9 @@ static QuantizedProjection quantized_projection(const std::vector<Tensor>& weigh
           by_block ? in * code_block : code_block, bits, scales.data(), dtype, zeros.data(), kind,
           in, out, groups};
 }
+
+// Weights of which a row is done so soon that threads which meet after each lose by it.
+constexpr int64_t small_weights = int64_t(1) << 23;
 
 static void check_bias(const Tensor& x, int64_t out, const Tensor* bias) {
   if (bias != nullptr)
@@ -123,16 +126,16 @@ static void project_quantized(Dtype dtype, const QuantizedProjection& p,
                   static_cast<char*>(y) + first * width, last - first);
 }
 
-// Outputs of part `part` of `parts` of all projections, laid side by side and equal in products.
+// Outputs of shares [from, to) of `parts` of all projections, laid side by side and equal in products.
 template <class Body>
 static void quantized_share(const std::vector<QuantizedProjection>& projections,
-                            const QuantizedLists& lists, int64_t part, int64_t parts,
+                            const QuantizedLists& lists, int64_t from, int64_t to, int64_t parts,
                             const Body& body) {
   double total = 0, before = 0;
   for (size_t i = 0; i < projections.size(); ++i)
     total += double(lists[i].live + 1) * double(projections[i].out);
-  const double begin = total * double(part) / double(parts);
-  const double end = total * double(part + 1) / double(parts);
+  const double begin = total * double(from) / double(parts);
+  const double end = total * double(to) / double(parts);
   for (size_t i = 0; i < projections.size(); ++i) {
     const int64_t out = projections[i].out;
     const double weight = double(lists[i].live + 1);
@@ -141,8 +144,8 @@ static void quantized_share(const std::vector<QuantizedProjection>& projections,
       const int64_t near = (int64_t(column) + quantized_split / 2) / quantized_split;
       return std::min(out, near * quantized_split);
     };
-    const int64_t first = part == 0 ? 0 : column(begin);
-    const int64_t last = part + 1 == parts ? out : column(end);
+    const int64_t first = from == 0 ? 0 : column(begin);
+    const int64_t last = to == parts ? out : column(end);
     if (first < last) body(i, first, last);
     before += weight * double(out);
   }
@@ -178,17 +181,38 @@ static std::vector<Tensor> quantized_linears(Tensor x, const std::vector<Tensor>
     results.push_back(Tensor::empty(result_sizes(x, projections[i].out), x.dtype()));
   }
   if (count == 0) return results;
-  QuantizedLists lists;
-  for (int64_t row = 0; row < rows; ++row) {
+  const auto read = [&](QuantizedLists& lists, int64_t row) {
     lists.read(dtype, static_cast<char*>(x.data()) + row * in * width, projections, vectors);
-    const int64_t parts = parts_for(quantized_products(projections, lists));
-    parallel(parts, [&](int64_t part) {
-      quantized_share(projections, lists, part, parts, [&](size_t i, int64_t first, int64_t last) {
-        char* y = static_cast<char*>(results[i].data()) + row * projections[i].out * width;
-        project_quantized(dtype, projections[i], lists[i], bias_at(biases, i), y, first, last);
-      });
+  };
+  const auto project = [&](const QuantizedLists& lists, int64_t row, int64_t from, int64_t to,
+                           int64_t parts) {
+    quantized_share(projections, lists, from, to, parts, [&](size_t i, int64_t first, int64_t last) {
+      char* y = static_cast<char*>(results[i].data()) + row * projections[i].out * width;
+      project_quantized(dtype, projections[i], lists[i], bias_at(biases, i), y, first, last);
     });
+  };
+  int64_t all = 0;
+  for (const QuantizedProjection& p : projections) all += in * p.out;
+  if (rows == 1 || all > small_weights) {
+    for (int64_t row = 0; row < rows; ++row) {
+      QuantizedLists lists;
+      read(lists, row);
+      const int64_t parts = parts_for(quantized_products(projections, lists));
+      parallel(parts, [&](int64_t part) { project(lists, row, part, part + 1, parts); });
+    }
+    return results;
   }
+  // Threads meet once: of rows times parts shares, each takes a stretch of as many as there are rows.
+  const int64_t parts = parts_for(rows * all / 4);
+  parallel(parts, [&](int64_t part) {
+    QuantizedLists lists;
+    const int64_t begin = part * rows, end = begin + rows;
+    for (int64_t row = begin / parts; row * parts < end; ++row) {
+      read(lists, row);
+      project(lists, row, std::max(begin - row * parts, int64_t(0)),
+              std::min(end - row * parts, parts), parts);
+    }
+  });
   return results;
 }
 
@@ -233,7 +257,7 @@ static Tensor quantized_gated_mlp(Tensor x, const std::vector<Tensor>& weights,
     parts = parts_for(quantized_products(down, lists));
     char* y = static_cast<char*>(result.data()) + row * down[0].out * width;
     parallel(parts, [&](int64_t part) {
-      quantized_share(down, lists, part, parts, [&](size_t i, int64_t first, int64_t last) {
+      quantized_share(down, lists, part, part + 1, parts, [&](size_t i, int64_t first, int64_t last) {
         project_quantized(dtype, down[i], lists[i], bias_at(biases, 2), y, first, last);
       });
     });
