@@ -342,6 +342,11 @@ def main() -> None:
         action="store_true",
         help="also sparse with a packed copy for prompts and large batches (CPU)",
     )
+    parser.add_argument(
+        "--decode-graphs",
+        action="store_true",
+        help="also sparse with CUDA graphs for decoding alone: prompts run without",
+    )
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--share", type=float, default=0.25, help="of a GPU, for each engine")
     parser.add_argument("--json", type=Path, help="write all that was measured there")
@@ -370,6 +375,11 @@ def main() -> None:
             contenders[f"{name}, copy"] = {
                 **sparse,
                 "additional_config": {"wina": {"dense_copy": True}},
+            }
+        if arguments.decode_graphs:
+            contenders[f"{name}, decode graphs"] = {
+                **sparse,
+                "compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"},
             }
     engines = [Engine(name, each, arguments.folder) for name, each in contenders.items()]
     found: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(arguments).items()}}
