@@ -283,7 +283,7 @@ def rule(tile: int, inputs: int, outputs: Sequence[int], units: int) -> Cut | No
         return Cut(256, 64, warps=8) if tile > 64 else Cut(128, 64, stages=4, turned=tile == 32)
     cut, programs = {
         16: (Cut(64, 128, stages=4), units),
-        32: (Cut(64, 128, stages=4, turned=True), units),
+        32: (Cut(64, 128, stages=4, turned=True), 2 * units),
         64: (Cut(64, 32, stages=6), 3 * units),
     }[tile]
     split = max(1, round(programs / sum(tiles_of(outputs, cut.columns))))
