@@ -11,6 +11,7 @@ import pytest
 import wina
 from tests.helpers import Cli, make_plan, write_model
 from wina.errors import UsageError
+from wina.integrations.vllm.compressed import METHOD
 from wina.integrations.vllm.serve import OVERRIDES, check_installed, command
 from wina.models import load_model
 
@@ -58,6 +59,22 @@ def test_a_saved_sparse_model(qwen3: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "sparse")
     folder = str(tmp_path / "sparse")
     assert command(folder, None, ["-x"])[3:] == ["--model", folder, "-x"]
+
+
+def test_a_saved_model_on_weights_that_are_refused(qwen3: Path, tmp_path: Path) -> None:
+    model = load_model(str(qwen3)).model
+    wina.sparsify(model, make_plan(model, 0.1), check=False)
+    model.save_pretrained(tmp_path / "sparse")
+    place = tmp_path / "sparse" / "config.json"
+    config = json.loads(place.read_text())
+    for base, message in (
+        ({"quant_method": "gptq", "bits": 4}, "by another method, gptq"),
+        ({"quant_method": METHOD, "quantization_status": "decompressed"}, "compress_model"),
+    ):
+        config["quantization_config"]["base"] = base
+        place.write_text(json.dumps(config))
+        with pytest.raises(UsageError, match=message):
+            command(str(tmp_path / "sparse"), None)
 
 
 def test_a_dense_model_alone(qwen3: Path) -> None:
