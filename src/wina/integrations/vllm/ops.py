@@ -177,7 +177,15 @@ def _on_cuda(
         least = _least(x.shape[-1], x.device)
         parts = [sparse_linear(masked[i], weights[i], least, biases[i]) for i in range(len(sizes))]
     else:
-        parts = [functional.linear(masked[i], weights[i], biases[i]) for i in range(len(sizes))]
+        # Each into its place: to join what is apart would take a third of a small product's time.
+        result = x.new_empty(len(x), len(weight))
+        parts = list(torch.split(result, sizes, -1))
+        for one, part, own_weight, own_bias in zip(masked, parts, weights, biases, strict=True):
+            if own_bias is None:
+                torch.mm(one, own_weight.t(), out=part)
+            else:
+                torch.addmm(own_bias, one, own_weight.t(), out=part)
+        return result if added is None else result + added
     return _join(parts, added)
 
 

@@ -1,10 +1,10 @@
 """Sparse linear layers in vLLM whose weights compressed-tensors has quantized.
 
-vLLM's own method of compressed-tensors creates a layer's parameters and loads them. A layer that
-drops something then becomes one packed weight of vLLM's for each projection, for dense rows (and on
-a GPU for many rows), and beside it the same codes input-major, for sparse rows. There is one of
-vLLM's for each projection, not one for all, since each has a mask of its own: one product of the
-whole layer for each mask would read the layer's weights as often as there are projections.
+vLLM's own method of compressed-tensors creates a layer's parameters, loads them and computes dense
+rows, as without wina. Beside its packed weights a layer that drops something has the same codes
+input-major, for sparse rows. Where those are many (on a GPU), vLLM's product computes them too:
+rows masked for each projection go through the whole layer at once, one below the other, since it
+reads the weights once for some rows more, and of each the projection's own outputs are taken.
 
 ``torch.ops.wina.batch_quantized`` is the layer as one opaque operator, as ``ops.batch_linear``. It
 finds the weights by the layer's thresholds: with names instead of tensors each layer's graph would
@@ -13,13 +13,13 @@ be another one to compile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     UnquantizedLinearMethod,
@@ -43,43 +43,51 @@ SCHEMA = "(Tensor x, Tensor thresholds, int[] sizes, Tensor[] bias, Tensor[] spa
 # Rows up to which a GPU skips codes of dropped channels. The kernel takes a row at a time, so that
 # rows share no reading of codes, as they do in vLLM's product: at 50 % two rows read as much.
 FEW = 2
-PARAMETERS = ("weight_packed", "weight_scale", "weight_zero_point")
-REST = "weight_shape"
+TOGETHER = 128  # rows up to which vLLM's product takes those of all masks at once
 
 
 class Held:
     """The weights of one layer.
 
     Attributes:
-        products: x W' of each projection as vLLM computes it.
+        product: x W' of the whole layer as vLLM computes it.
+        sizes: outputs of each projection.
         weights: of each projection, for the kernels; None where they do not run.
     """
 
     def __init__(
-        self, products: Sequence[Callable[[Tensor], Tensor]], weights: list[QuantizedWeight] | None
+        self,
+        product: Callable[[Tensor], Tensor],
+        sizes: list[int],
+        weights: list[QuantizedWeight] | None,
     ) -> None:
-        self.products = products
+        self.product = product
+        self.sizes = sizes
         self.weights = weights
         self.flat = [tensor for weight in weights or () for tensor in weight]
 
     def dense(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return W x + b, shape (rows, outputs)."""
-        return self.masked([x] * len(self.products), bias)
+        return _join([self.product(x)], bias)
 
-    def masked(self, each: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        """Return W x + b with an x of its own for each projection."""
-        return _join([run(x) for run, x in zip(self.products, each, strict=True)], bias)
+    def masked(self, each: Tensor, bias: Tensor | None) -> Tensor:
+        """Return W x + b with an x of its own for each projection, (projections, rows, inputs)."""
+        count, rows = each.shape[:2]
+        if rows * count <= TOGETHER:
+            whole = self.product(each.flatten(0, 1)).view(count, rows, -1).unbind()
+        else:
+            whole = tuple(self.product(x) for x in each)
+        own = [torch.split(one, self.sizes, -1)[place] for place, one in enumerate(whole)]
+        return _join(own, bias)
 
-    def sparse(
-        self, x: Tensor, thresholds: Tensor, sizes: list[int], bias: Tensor | None
-    ) -> Tensor:
-        """Return W drop(x) + b, shape (rows, outputs), on a CPU.
+    def sparse(self, x: Tensor, thresholds: Tensor, bias: Tensor | None) -> Tensor:
+        """Return W drop(x) + b, shape (rows, outputs).
 
-        The kernel is faster than vLLM's product there for any number of rows at 50 %.
+        On a CPU the kernel is faster than vLLM's product for any number of rows at 50 %.
         """
-        if self.weights is None:
-            return self.masked(drop_each(x, thresholds).unbind(), bias)
-        biases = [] if bias is None else list(torch.split(bias, sizes))
+        if self.weights is None or (x.is_cuda and len(x) > FEW):
+            return self.masked(drop_each(x, thresholds), bias)
+        biases = [] if bias is None else list(torch.split(bias, self.sizes))
         vectors = list(thresholds.unbind())
         found = torch.ops.wina.quantized_linears(x, [], 0.0, self.flat, vectors, biases, [])
         return _join(found, None)
@@ -96,13 +104,11 @@ class WinaQuantizedLinearMethod(Planned, LinearMethodBase):  # type: ignore[misc
         config: of wina.
         names: of the projections, in their order.
         base: vLLM's method of compressed-tensors for this layer.
-        prefix: the layer's name.
     """
 
-    def __init__(self, config: Any, names: list[str], base: Any, prefix: str) -> None:
+    def __init__(self, config: Any, names: list[str], base: Any) -> None:
         super().__init__(config, names)
         self.base = base
-        self.prefix = prefix
 
     def create_weights(
         self,
@@ -152,15 +158,12 @@ class WinaQuantizedLinearMethod(Planned, LinearMethodBase):  # type: ignore[misc
                 layer.wina_sizes,
                 layer.scheme.quant_type.size_bits,
             )
-        parts = self._parts(layer)
-        for name in (*PARAMETERS, REST):
-            layer._parameters.pop(name, None)
-        layer.wina_parts = nn.ModuleList(parts)  # counted with the model's weights
-        for part, weight in zip(parts, weights or (), strict=weights is not None):
+        self.base.process_weights_after_loading(layer)
+        for place, weight in enumerate(weights or ()):
             for name, tensor in zip(weight._fields, weight, strict=True):
-                part.register_buffer(f"wina_{name}", tensor, persistent=False)
-        products = [partial(part.scheme.apply_weights, part, bias=None) for part in parts]
-        layer.wina_held = Held(products, weights)
+                layer.register_buffer(f"wina_{name}{place}", tensor, persistent=False)
+        product = partial(layer.scheme.apply_weights, layer, bias=None)
+        layer.wina_held = Held(product, layer.wina_sizes, weights)
         _HELD[layer.thresholds.data_ptr()] = layer.wina_held
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -172,34 +175,6 @@ class WinaQuantizedLinearMethod(Planned, LinearMethodBase):  # type: ignore[misc
         flat = x.reshape(-1, x.shape[-1])
         y = batch_quantized(flat, layer.thresholds, layer.wina_sizes, bias, extra)
         return y.view(*x.shape[:-1], y.shape[-1])
-
-    def _parts(self, layer: Any) -> list[Any]:
-        """Return vLLM's own weight of each projection, processed."""
-        parts, start = [], 0
-        for size in layer.wina_sizes:
-            part: Any = nn.Module()
-            part.bias = None  # some of vLLM's kernels look
-            part.scheme = self.config.base.get_scheme(layer, self.prefix)
-            with layer.weight_packed.device:
-                part.scheme.create_weights(
-                    layer=part,
-                    output_size=size,
-                    input_size=layer.input_size,
-                    output_partition_sizes=[size],
-                    input_size_per_partition=layer.input_size_per_partition,
-                    params_dtype=layer.weight_scale.dtype,
-                    weight_loader=_no_loader,
-                )
-            for name in PARAMETERS:
-                whole, own = getattr(layer, name, None), getattr(part, name, None)
-                if whole is not None and own is not None:
-                    # Zero points are packed along the outputs.
-                    rows = whole.shape[0] * start // sum(layer.wina_sizes)
-                    own.data.copy_(whole.data[rows : rows + own.shape[0]])
-            part.scheme.process_weights_after_loading(part)
-            parts.append(part)
-            start += size
-        return parts
 
 
 def method_for(config: Any, layer: Any, names: list[str], prefix: str) -> Any:
@@ -225,7 +200,7 @@ def method_for(config: Any, layer: Any, names: list[str], prefix: str) -> Any:
             f"wina runs codes of 4 or 8 bits in groups of consecutive inputs in vLLM; {prefix} has "
             f"{scheme.quant_type.size_bits} bits, or groups by activation order"
         )
-    return WinaQuantizedLinearMethod(config, names, base, prefix)
+    return WinaQuantizedLinearMethod(config, names, base)
 
 
 def batch_quantized(
@@ -256,17 +231,25 @@ def batch_quantized(
 def _on_cpu(
     x: Tensor, thresholds: Tensor, sizes: list[int], bias: list[Tensor], sparse_bias: list[Tensor]
 ) -> Tensor:
-    held = _held(thresholds)
+    del sizes
+    return _by_rows(_held(thresholds), x, thresholds, bias, sparse_bias)
+
+
+def _by_rows(
+    held: Held, x: Tensor, thresholds: Tensor, bias: list[Tensor], sparse_bias: list[Tensor]
+) -> Tensor:
     own = bias[0] if bias else None
     if BATCH.kind == "dense":
         return held.dense(x, own)
     both = _sum(own, sparse_bias[0] if sparse_bias else None)
     if BATCH.kind == "sparse":
-        return held.sparse(x, thresholds, sizes, both)
-    sparse, dense = BATCH.places(len(x))
-    result = x.new_empty(len(x), sum(sizes))
+        return held.sparse(x, thresholds, both)
+    sparse, dense = BATCH.places(len(x), x.device)
+    if not len(dense):  # not known yet
+        return held.sparse(x, thresholds, both)
+    result = x.new_empty(len(x), sum(held.sizes))
     result[dense] = held.dense(x[dense], own)
-    result[sparse] = held.sparse(x[sparse], thresholds, sizes, both)
+    result[sparse] = held.sparse(x[sparse], thresholds, both)
     return result
 
 
@@ -274,11 +257,11 @@ def _on_cuda(
     x: Tensor, thresholds: Tensor, sizes: list[int], bias: list[Tensor], sparse_bias: list[Tensor]
 ) -> Tensor:
     held = _held(thresholds)
+    if not torch.cuda.is_current_stream_capturing():
+        return _by_rows(held, x, thresholds, bias, sparse_bias)
+    # A graph is replayed with any mix of rows: the device looks which are which.
     own = bias[0] if bias else None
     extra = sparse_bias[0] if sparse_bias else None
-    if BATCH.kind == "dense" and not torch.cuda.is_current_stream_capturing():
-        return held.dense(x, own)
-    # A graph is replayed with any mix of rows: the device looks which are which.
     flags = BATCH.flags(x.device, len(x))
     if held.weights is not None and len(x) <= FEW:
         none: list[Tensor | None] = [None] * len(sizes)
@@ -288,7 +271,7 @@ def _on_cuda(
         found = flagged_quantized_linears(x, *each, flags, extras)
         if found is not None:
             return found
-    result = held.masked(gate(x, thresholds, flags).unbind(), own)
+    result = held.masked(gate(x, thresholds, flags), own)
     return result if extra is None else result + flags[:, None] * extra
 
 

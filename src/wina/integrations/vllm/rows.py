@@ -70,7 +70,7 @@ class Batch:
         self.used = 0
         self.started: Callable[[], None] = lambda: None
         self._on_device: dict[torch.device, Tensor] = {}
-        self._places: dict[int, tuple[Tensor, Tensor]] = {}
+        self._places: dict[tuple[int, torch.device | None], tuple[Tensor, Tensor]] = {}
 
     def start(
         self,
@@ -103,13 +103,17 @@ class Batch:
                 flags[:used].copy_(fresh, non_blocking=True)
         self.started()
 
-    def places(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Return the indices of the sparse and of the dense among the first ``rows`` rows."""
-        found = self._places.get(rows)
+    def places(self, rows: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """Return the indices of the sparse and of the dense among the first ``rows`` rows.
+
+        They lie on a device, or else on the CPU.
+        """
+        found = self._places.get((rows, device))
         if found is None:
             flags = torch.from_numpy(self._flags[:rows])
-            found = flags.nonzero()[:, 0], flags.logical_not().nonzero()[:, 0]
-            self._places[rows] = found
+            each = (flags.nonzero()[:, 0], flags.logical_not().nonzero()[:, 0])
+            first, second = (one.to(device, non_blocking=True) for one in each)
+            found = self._places[rows, device] = first, second
         return found
 
     def prepare(self, device: torch.device) -> None:
