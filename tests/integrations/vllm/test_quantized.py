@@ -253,6 +253,28 @@ def test_vectors_in_the_checkpoint(given: Checkpoint, vllm_config: Any) -> None:
         assert_close(run(layers[name], x), expected(given, name, x), **CLOSE)
 
 
+def test_a_bias_that_vllms_kernel_reorders(
+    given: Checkpoint, vllm_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Marlin's does, for itself."""
+    layers = build(config_for(given, make_plan(given), tmp_path), given)
+
+    def reordering(process: Any) -> Any:
+        def processed(layer: Any) -> None:
+            if layer.bias is not None:
+                layer.bias.data = layer.bias.data.flip(0)
+            process(layer)
+
+        return processed
+
+    for layer in layers.values():
+        own = reordering(layer.scheme.process_weights_after_loading)
+        monkeypatch.setattr(layer.scheme, "process_weights_after_loading", own)
+    finish(layers)
+    for name, layer in layers.items():
+        assert_close(run(layer, inputs(name)), expected(given, name, inputs(name)), **CLOSE)
+
+
 def test_a_plan_of_some_projections(given: Checkpoint, vllm_config: Any, tmp_path: Path) -> None:
     plan = make_plan(given, ("k_proj", "gate_proj", "up_proj"))
     layers = build(config_for(given, plan, tmp_path), given)

@@ -158,7 +158,10 @@ class WinaQuantizedLinearMethod(Planned, LinearMethodBase):  # type: ignore[misc
                 layer.wina_sizes,
                 layer.scheme.quant_type.size_bits,
             )
+        # Marlin reorders a bias for its own product, which is asked to add none.
+        bias, layer.bias = layer.bias, None
         self.base.process_weights_after_loading(layer)
+        layer.bias = bias
         for place, weight in enumerate(weights or ()):
             for name, tensor in zip(weight._fields, weight, strict=True):
                 layer.register_buffer(f"wina_{name}{place}", tensor, persistent=False)
@@ -290,10 +293,6 @@ def _fake(
 ) -> Tensor:
     del thresholds, bias, sparse_bias
     return x.new_empty(x.shape[0], sum(sizes))
-
-
-def _no_loader(*_arguments: Any, **_options: Any) -> None:
-    """Load nothing: a part's parameters are copied."""
 
 
 def _define() -> None:
