@@ -78,7 +78,7 @@ def test_gate_of_some_rows(dtype: torch.dtype, rows: int, inputs: int) -> None:
 # float16 alone: the interpreter multiplies bfloat16's bits as integers.
 @pytest.mark.parametrize(
     ("rows", "inputs", "sizes"),
-    [(3, 136, (72,)), (17, 264, (64, 24, 40)), (5, 128, (64, 64)), (140, 72, (16,)), (1, 8, (8,))],
+    [(3, 136, (72,)), (17, 264, (64, 24, 40)), (5, 128, (64, 64)), (64, 72, (16,)), (1, 8, (8,))],
 )
 @pytest.mark.parametrize(
     "cut", [None, (16, 32, 3, 2, 4), (32, 16, 1, 2, 4), (32, 16, 2, 2, 4, True)]
@@ -120,7 +120,7 @@ def test_masked_product(
 
 
 def test_masked_product_sees_nan_and_what_it_does_not_serve() -> None:
-    from wina.kernels.triton.product import ROWS, masked_product, serves
+    from wina.kernels.triton.product import ROWS, Cut, masked_product, serves
 
     x, weight, thresholds, _ = case(2, 64, 16, torch.float16, 0.0)
     x[0, 3] = float("nan")
@@ -130,6 +130,8 @@ def test_masked_product_sees_nan_and_what_it_does_not_serve() -> None:
     assert not serves(x.float(), [weight], [thresholds])
     assert not serves(x, [weight.contiguous()], [thresholds])
     assert not serves(x.new_zeros(ROWS + 1, 64), [weight], [thresholds])
+    with pytest.raises(ValueError, match="65 rows; the product takes 64"):
+        masked_product(x.new_zeros(65, 64), [weight], [thresholds], [None], cut=Cut())
     assert not serves(x.new_zeros(0, 64), [weight], [thresholds])
     assert not serves(x, [weight] * 4, [thresholds] * 4)
     assert serves(x, [weight], [thresholds])

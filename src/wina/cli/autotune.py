@@ -50,7 +50,7 @@ def autotune(
 
         wina autotune --config qwen2.5-7b --tokens 1,2,4 --json
 
-        wina autotune --config llama-3-8b --tokens 16,64,128
+        wina autotune --config llama-3-8b --tokens 16,32,64
     """
     if model is not None and config is not None:
         raise UsageError("give a model or --config, not both")

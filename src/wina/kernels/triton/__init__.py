@@ -14,7 +14,7 @@ from torch.nn import functional
 from wina.kernels import reference
 
 MOST = 4  # rows of x up to which rows of W are skipped
-TILES = (16, 32, 64, 128)  # rows of x of a program of the masked product
+TILES = (16, 32, 64)  # rows of x of a program of the masked product
 
 
 @cache

@@ -24,7 +24,7 @@ from wina.kernels.tickets import tickets
 from wina.kernels.triton import TILES
 
 MOST = 3  # projections of one launch
-ROWS = 256  # of x; for more a dense product on a masked copy is as fast
+ROWS = TILES[-1]  # of x; for more dense products on masked copies are faster
 UNITS = 8  # multiprocessors of Triton's interpreter
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -86,7 +86,6 @@ def _product(
 ):  # fmt: skip
     which = tl.program_id(0)
     part = tl.program_id(1)
-    block = tl.program_id(2)
     begin = _pick(which, first, second, 0, first, second)
     weight = _pointer(which, first, second, weight0, weight1, weight2, ELEMENT)
     limits = _pointer(which, first, second, limits0, limits1, limits2, tl.float32)
@@ -94,7 +93,7 @@ def _product(
     outputs = _pick(which, first, second, outputs0, outputs1, outputs2)
     stride = tl.multiple_of(stride, 8)
     columns = (which - begin) * COLUMNS + tl.arange(0, COLUMNS)
-    places = block * ROWS + tl.arange(0, ROWS)
+    places = tl.arange(0, ROWS)
     # Rows run down and outputs across a tile; turned, the other way round.
     row = places[None, :] if TURNED else places[:, None]
     column = columns[:, None] if TURNED else columns[None, :]
@@ -125,14 +124,13 @@ def _product(
         total = tl.dot(found, kept, total) if TURNED else tl.dot(kept, found, total)
     last = True
     if SPLIT > 1:
-        tile = tl.num_programs(0) * block + which
-        places_in = (row - block * ROWS) * COLUMNS + column - (which - begin) * COLUMNS
-        mine = sums + (tile * SPLIT).to(tl.int64) * (ROWS * COLUMNS) + places_in
+        cell = row * COLUMNS + column - (which - begin) * COLUMNS
+        mine = sums + (which * SPLIT).to(tl.int64) * (ROWS * COLUMNS) + cell
         tl.store(mine + part * (ROWS * COLUMNS), total)
         tl.debug_barrier()  # all threads have stored when one of them takes the ticket
-        last = tl.atomic_add(tickets + tile, 1, sem="acq_rel") == SPLIT - 1
+        last = tl.atomic_add(tickets + which, 1, sem="acq_rel") == SPLIT - 1
         if last:
-            tl.store(tickets + tile, 0)
+            tl.store(tickets + which, 0)
             total = tl.zeros_like(total)
             for other in range(SPLIT):
                 total += tl.load(mine + other * (ROWS * COLUMNS), cache_modifier=".cg")
@@ -206,11 +204,13 @@ def masked_product(
         cut: how the work is cut up; chosen if omitted.
 
     Raises:
-        ValueError: ``serves`` does not hold, and no cut is given.
+        ValueError: there are more than ``ROWS`` rows, or no cut is given nor known.
     """
     shape, inputs = x.shape[:-1], x.shape[-1]
     x = x.reshape(-1, inputs).contiguous()
     rows = len(x)
+    if rows > ROWS:
+        raise ValueError(f"{rows} rows; the product takes {ROWS}")
     tile = _tile(rows)
     sizes = [w.shape[0] for w in weights]
     cut = cut or _cut(x, weights)
@@ -224,11 +224,10 @@ def masked_product(
     share = triton.cdiv(triton.cdiv(inputs, cut.split), cut.channels) * cut.channels
     split = triton.cdiv(inputs, share)
     tiles = tiles_of(sizes, cut.columns)
-    blocks = triton.cdiv(rows, tile)
-    total = sum(tiles) * blocks
+    total = sum(tiles)
     sums = x.new_empty(total * split * tile * cut.columns if split > 1 else 1, dtype=torch.float32)
     even = inputs == share * split and all(size % cut.columns == 0 for size in sizes)
-    _product[(sum(tiles), split, blocks)](
+    _product[(total, split)](
         x, x if flags is None else flags.view(torch.uint8), sums,
         tickets(x.device, weights[0].data_ptr(), total if split > 1 else 1),
         *_addresses(weights), *_addresses(thresholds), *_addresses(biases),
@@ -244,7 +243,7 @@ def masked_product(
 
 
 def _tile(rows: int) -> int:
-    return next((tile for tile in TILES if tile >= rows), TILES[-1])
+    return next(tile for tile in TILES if tile >= rows)
 
 
 def _cut(x: Tensor, weights: Sequence[Tensor]) -> Cut | None:
@@ -277,10 +276,10 @@ def rule(tile: int, inputs: int, outputs: Sequence[int], units: int) -> Cut | No
         units: multiprocessors.
     """
     wide = 2 * sum(tiles_of(outputs, 128)) >= 3 * units
-    if (tile > 32 and len(outputs) == 1) or (tile > 64 and not wide):
+    if tile > 32 and len(outputs) == 1:
         return None  # many rows keep the tensor cores busy, and masking delays them
     if wide:
-        return Cut(256, 64, warps=8) if tile > 64 else Cut(128, 64, stages=4, turned=tile == 32)
+        return Cut(128, 64, stages=4, turned=tile == 32)
     cut, programs = {
         16: (Cut(64, 128, stages=4), units),
         32: (Cut(64, 128, stages=4, turned=True), 2 * units),
