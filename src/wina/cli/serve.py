@@ -35,9 +35,11 @@ def serve(
         wina serve demo --plan plan --print
     """
     command = vllm.command(model, plan, context.args)
+    besides = vllm.preloads(os.environ.get("LD_PRELOAD", ""))
+    whole = shlex.join([*(f"{name}={value}" for name, value in besides.items()), *command])
     if show:
-        typer.echo(shlex.join(command))
+        typer.echo(whole)
         return
     vllm.check_installed()
-    note(shlex.join(command))
-    os.execv(command[0], command)
+    note(whole)
+    os.execve(command[0], command, {**os.environ, **besides})

@@ -11,9 +11,24 @@ import pytest
 import wina
 from tests.helpers import Cli, make_plan, write_model
 from wina.errors import UsageError
+from wina.integrations.vllm import serve
 from wina.integrations.vllm.compressed import METHOD
-from wina.integrations.vllm.serve import OVERRIDES, check_installed, command
+from wina.integrations.vllm.serve import OVERRIDES, check_installed, command, preloads
 from wina.models import load_model
+
+
+def test_openmp_is_loaded_first_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve.sys, "platform", "linux")
+    monkeypatch.setattr(serve, "_on_cpu", lambda: True)
+    assert preloads("", str(tmp_path)) == {}  # there is none
+    library = tmp_path / "lib" / "libiomp5.so"
+    library.parent.mkdir()
+    library.touch()
+    assert preloads("", str(tmp_path)) == {"LD_PRELOAD": str(library)}
+    assert preloads("/a/b.so", str(tmp_path)) == {"LD_PRELOAD": f"/a/b.so:{library}"}
+    assert preloads("/a/libgomp.so.1", str(tmp_path)) == {}
+    monkeypatch.setattr(serve, "_on_cpu", lambda: False)
+    assert preloads("", str(tmp_path)) == {}
 
 
 @pytest.fixture

