@@ -12,7 +12,7 @@ from torch import Tensor
 from wina.kernels import backends, cuda, triton
 from wina.kernels.cuda import quantized
 from wina.kernels.packing import only, unpack_biases
-from wina.kernels.quantized import QuantizedWeight
+from wina.kernels.quantized import QuantizedWeight, weights_of
 
 CUDA, TRITON = "cuda", "triton"
 # Rows up to which skipping beats a masked product where neither norm nor residual is part of it:
@@ -188,7 +188,7 @@ def quantized_linears(
     """Return ``fused_linears`` of quantized weights."""
     found = unpack_biases(biases, len(thresholds))
     rest = (found, only(norm), epsilon, only(residual))
-    return quantized.linears(x, _quantized(weights), thresholds, *rest)
+    return quantized.linears(x, weights_of(weights), thresholds, *rest)
 
 
 def quantized_gated_mlp(
@@ -203,7 +203,7 @@ def quantized_gated_mlp(
 ) -> Tensor:
     """Return ``fused_gated_mlp`` of quantized weights."""
     rest = (unpack_biases(biases, 3), only(norm), epsilon, only(residual))
-    return quantized.gated_mlp(x, _quantized(weights), thresholds, activation, *rest)
+    return quantized.gated_mlp(x, weights_of(weights), thresholds, activation, *rest)
 
 
 @cache
@@ -252,7 +252,3 @@ def _backend() -> Any:
     if forced == TRITON or (forced == backends.AUTO and backends.unavailable(CUDA) is not None):
         return triton
     return cuda
-
-
-def _quantized(tensors: Sequence[Tensor]) -> list[QuantizedWeight]:
-    return [QuantizedWeight(*tensors[i : i + 3]) for i in range(0, len(tensors), 3)]

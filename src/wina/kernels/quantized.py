@@ -210,7 +210,7 @@ def _linears(
     biases: list[Tensor],
     residual: list[Tensor],
 ) -> list[Tensor]:
-    matrices = [_matrix(weight, x.dtype) for weight in _weights(weights)]
+    matrices = [_matrix(weight, x.dtype) for weight in weights_of(weights)]
     arguments = (matrices, thresholds, unpack_biases(biases, len(matrices)), only(residual))
     return reference.fused_linears(x, only(norm), epsilon, *arguments)
 
@@ -225,12 +225,13 @@ def _gated_mlp(
     biases: list[Tensor],
     residual: list[Tensor],
 ) -> Tensor:
-    matrices = [_matrix(weight, x.dtype) for weight in _weights(weights)]
+    matrices = [_matrix(weight, x.dtype) for weight in weights_of(weights)]
     arguments = (matrices, thresholds, activation, unpack_biases(biases, 3), only(residual))
     return reference.fused_gated_mlp(x, only(norm), epsilon, *arguments)
 
 
-def _weights(tensors: Sequence[Tensor]) -> list[QuantizedWeight]:
+def weights_of(tensors: Sequence[Tensor]) -> list[QuantizedWeight]:
+    """Return the weights of an operator's flat list, three tensors each."""
     return [QuantizedWeight(*tensors[i : i + 3]) for i in range(0, len(tensors), 3)]
 
 
