@@ -75,16 +75,39 @@ def _on_cpu(
     bias: list[Tensor],
     sparse_bias: list[Tensor],
 ) -> Tensor:
-    own = bias[0] if bias else None
+    own, extra = bias[0] if bias else None, sparse_bias[0] if sparse_bias else None
+    return by_rows(
+        x,
+        len(weight),
+        lambda rows: _dense(rows, weight, own),
+        lambda rows: _sparse(rows, weight, thresholds, sizes, _sum(own, extra)),
+    )
+
+
+def by_rows(
+    x: Tensor,
+    outputs: int,
+    dense: Callable[[Tensor], Tensor],
+    sparse: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Return what ``dense`` makes of the batch's dense rows and ``sparse`` of its sparse ones.
+
+    Args:
+        x: shape (rows, inputs).
+        outputs: of the layer.
+        dense: called with some rows of x, or all; returns shape (those rows, outputs).
+        sparse: likewise.
+    """
     if BATCH.kind == "dense":
-        return _dense(x, weight, own)
-    both = _sum(own, sparse_bias[0] if sparse_bias else None)
+        return dense(x)
     if BATCH.kind == "sparse":
-        return _sparse(x, weight, thresholds, sizes, both)
-    sparse, dense = BATCH.places(len(x))
-    result = x.new_empty(len(x), weight.shape[0])
-    result[dense] = _dense(x[dense], weight, own)
-    result[sparse] = _sparse(x[sparse], weight, thresholds, sizes, both)
+        return sparse(x)
+    places, others = BATCH.places(len(x), x.device)
+    if not len(others):  # not known yet, as when an engine warms up
+        return sparse(x)
+    result = x.new_empty(len(x), outputs)
+    result[others] = dense(x[others])
+    result[places] = sparse(x[places])
     return result
 
 

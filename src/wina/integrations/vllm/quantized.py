@@ -34,7 +34,7 @@ from vllm.platforms import current_platform
 from wina.errors import UsageError, WinaError
 from wina.integrations.vllm.compressed import BITS, METHOD, projections
 from wina.integrations.vllm.linear import Planned
-from wina.integrations.vllm.ops import _join, _sum, gate
+from wina.integrations.vllm.ops import _join, _sum, by_rows, gate
 from wina.integrations.vllm.rows import BATCH
 from wina.kernels import QuantizedWeight, available_backends, drop_each
 from wina.kernels.gpu import flagged_quantized_linears
@@ -241,19 +241,13 @@ def _on_cpu(
 def _by_rows(
     held: Held, x: Tensor, thresholds: Tensor, bias: list[Tensor], sparse_bias: list[Tensor]
 ) -> Tensor:
-    own = bias[0] if bias else None
-    if BATCH.kind == "dense":
-        return held.dense(x, own)
-    both = _sum(own, sparse_bias[0] if sparse_bias else None)
-    if BATCH.kind == "sparse":
-        return held.sparse(x, thresholds, both)
-    sparse, dense = BATCH.places(len(x), x.device)
-    if not len(dense):  # not known yet
-        return held.sparse(x, thresholds, both)
-    result = x.new_empty(len(x), sum(held.sizes))
-    result[dense] = held.dense(x[dense], own)
-    result[sparse] = held.sparse(x[sparse], thresholds, both)
-    return result
+    own, extra = bias[0] if bias else None, sparse_bias[0] if sparse_bias else None
+    return by_rows(
+        x,
+        sum(held.sizes),
+        lambda rows: held.dense(rows, own),
+        lambda rows: held.sparse(rows, thresholds, _sum(own, extra)),
+    )
 
 
 def _on_cuda(

@@ -38,7 +38,7 @@ def cuts(tile: int, shape: Shape, units: int) -> list[Cut]:
     found = []
     usual = rule(tile, shape.inputs, shape.projections, units)
     # Turned (see Cut) where rows alone do not fill Hopper's instruction, which 16 do not need.
-    turns = {16: (False,), 32: (True,), 64: (True, False)}.get(tile, (False,))
+    turns = {16: (False,), 32: (True,), 64: (True, False)}[tile]
     ways = itertools.product(turns, (64, 128, 256), (32, 64, 128), (3, 4, 6), (4, 8))
     for turned, columns, channels, stages, warps in ways:
         tiles = sum(tiles_of(shape.projections, columns))
